@@ -1,0 +1,558 @@
+"""EasyEdit, the host: find it, make it importable, mend what a current machine breaks in it, and register KDPO.
+
+Two things are called EasyEdit: the GitHub repository's main branch ("main"), and ``easyeditor`` 0.0.1.dev0, its only
+release on PyPI ("the release"). Nothing outside this module imports or patches either.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import copy
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from functools import wraps
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import nltk
+import torch
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktSentenceTokenizer
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from . import world
+
+_HOW_TO_GET_IT = (
+    "EasyEdit is not here. Two ways to get it: `pip install --no-deps easyeditor==0.0.1.dev0`, or "
+    "`git clone https://github.com/zjunlp/EasyEdit` with EASYEDIT_HOME set to the clone."
+)
+
+
+def _import_easyedit() -> ModuleType:
+    """The ``easyeditor`` module: the one imported already, the clone that ``EASYEDIT_HOME`` names, or the installed one.
+
+    Raises:
+        ImportError: there is none, or ``EASYEDIT_HOME`` names no clone.
+    """
+    if "easyeditor" in sys.modules:
+        return sys.modules["easyeditor"]
+    home = os.environ.get("EASYEDIT_HOME")
+    if home:
+        if not (Path(home) / "easyeditor" / "__init__.py").is_file():
+            raise ImportError(f"EASYEDIT_HOME is {home!r}, which has no easyeditor/ in it. {_HOW_TO_GET_IT}")
+        sys.path.insert(0, str(Path(home).resolve()))
+    if importlib.util.find_spec("easyeditor") is None:
+        raise ImportError(_HOW_TO_GET_IT)
+    try:
+        return importlib.import_module("easyeditor")
+    except ImportError:  # of a package that is not here, or of a name that a newer one has dropped
+        for name in [n for n in sys.modules if n.partition(".")[0] == "easyeditor"]:
+            del sys.modules[name]
+    sys.meta_path.insert(0, _Finder())
+    return importlib.import_module("easyeditor")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Importing it where packages are absent. Each of EasyEdit's modules is given an `import` of its own, and a stand-in for
+# an absent package goes to that module alone, never into sys.modules: transformers probes for the same packages, and
+# must keep hearing that they are not there.
+
+
+class _StandIn(type):
+    """What EasyEdit gets for an absent package and its names: to subclass, annotate and decorate with, not to call."""
+
+    _path: str
+    _remedy: str
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _stand_in(f"{cls._path}.{name}", cls._remedy)
+
+    def __getitem__(cls, item: Any) -> Any:  # in an annotation: Optional[item]
+        return cls
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and callable(args[0]):  # as a decorator
+            return args[0]
+        raise ImportError(f"{cls._path} is not here: {cls._remedy}")
+
+
+def _stand_in(path: str, remedy: str) -> _StandIn:
+    return _StandIn(path.rpartition(".")[2], (), {"_path": path, "_remedy": remedy})
+
+
+# The release's image models import names that transformers has dropped.
+_DROPPED = "easyeditor.trainer.blip2_models"
+
+
+def _import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+    """``__import__`` as EasyEdit's modules see it."""
+    absolute = importlib.util.resolve_name("." * level + name, globals["__package__"]) if level else name
+    if _is_release() and f"{absolute}.".startswith(_DROPPED + "."):
+        return _stand_in(absolute, "EasyEdit's release needs transformers 4.30 for images")
+    try:
+        return builtins.__import__(name, globals, locals, fromlist, level)
+    except ModuleNotFoundError as error:
+        package = absolute.partition(".")[0]
+        absent = level == 0 and (error.name or "").partition(".")[0] == package
+        if not absent or package == "easyeditor" or importlib.util.find_spec(package) is not None:
+            raise
+        return _stand_in(absolute if fromlist else package, f"install the package {package}")
+
+
+def _device(value: Any) -> str:
+    """What stands for ``f"cuda:{value}"`` in the release: a number is a CUDA device, everything else names itself."""
+    return f"cuda:{value}" if str(value).isdigit() else str(value)
+
+
+class _NoHardCodedCuda(ast.NodeTransformer):
+    """``f"cuda:{x}"`` → ``_device(x)``."""
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        match node.values:
+            case [ast.Constant(value="cuda:"), ast.FormattedValue(value=value)]:
+                return ast.copy_location(ast.Call(ast.Name("_device", ast.Load()), [value], []), node)
+        return node
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import, "_device": _device}
+        super().exec_module(module)
+
+    def get_code(self, fullname: str) -> Any:
+        if not _is_release():
+            return super().get_code(fullname)
+        path = self.get_filename(fullname)
+        tree = _NoHardCodedCuda().visit(ast.parse(self.get_data(path), path))
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname.partition(".")[0] != "easyeditor":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def _is_release() -> bool:
+    """Whether the host is the release, which lacks main's module for devices."""
+    spec = importlib.util.find_spec("easyeditor")
+    return not (Path(spec.origin).parent / "util" / "device.py").is_file()  # type: ignore[union-attr,arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+easyeditor: Any = _import_easyedit()
+IS_RELEASE = _is_release()
+
+
+def _module(name: str) -> Any:
+    """One of EasyEdit's modules; by attributes they cannot be had, since its star imports hide them."""
+    return importlib.import_module(f"easyeditor.{name}")
+
+
+ALG_DICT: dict[str, Callable] = _module("util.alg_dict").ALG_DICT
+BaseEditor = easyeditor.BaseEditor
+_EDITOR_LOG: logging.Logger = _module("editors.editor").LOG
+if TYPE_CHECKING:
+    HyperParams: Any = object
+else:
+    HyperParams = _module("util.hparams").HyperParams
+
+
+class HostError(ValueError):
+    """Something that this EasyEdit, or this machine, cannot do; the message says what can be done instead."""
+
+
+def register(hyper_params: type, apply_to_model: Callable) -> None:
+    """Make KDPO one of EasyEdit's methods, and mend the host. Doing it again changes nothing."""
+
+    @wraps(apply_to_model)
+    def apply_on_release(*args: Any, keep_original_weight: bool = False, **kwargs: Any) -> Any:
+        # The release restores whatever original weights it is handed; main is always handed them, and asks itself.
+        model, originals = apply_to_model(*args, keep_original_weight=keep_original_weight, **kwargs)
+        return model, originals if keep_original_weight else {}
+
+    ALG_DICT["KDPO"] = apply_on_release if IS_RELEASE else apply_to_model
+    easyeditor.KDPOHyperParams = hyper_params
+    easyeditor.apply_kdpo_to_model = apply_to_model
+    if not hasattr(BaseEditor, "_mended_by_kdpo"):
+        BaseEditor._mended_by_kdpo = True
+        _mend_loading()
+        _mend_fluency()
+        if IS_RELEASE:
+            _mend_metrics()
+            _mend_block_outputs()
+        else:
+            _mend_generation()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loading. EasyEdit chooses tokenizer and class by what a model's name contains, which leaves out most models of today
+# and runs code from the hub for others. Causal language models are loaded here instead, on both in the same way.
+
+# The methods that need the prompt's tokens to start at 0, as main has them in BaseEditor.__init__.
+_PAD_RIGHT = {"ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE"}
+
+
+class ModelName(str):
+    """A model's name in EasyEdit's keeping. Where it looks for "t5" and the like in the name, it finds the model's type."""
+
+    model_type: str
+
+    def __new__(cls, name: str, model_type: str) -> ModelName:
+        self = super().__new__(cls, name)
+        self.model_type = model_type
+        return self
+
+    def __reduce__(self) -> Any:
+        return ModelName, (str(self), self.model_type)
+
+    def lower(self) -> str:
+        return self.model_type
+
+
+def load_model(hparams: Any) -> tuple[Any, Any]:
+    """The model that ``hparams.model_name`` names, in float32 or, with ``fp16``, in half precision, and its tokenizer.
+
+    Raises:
+        HostError: it cannot be loaded, or the device is not there.
+    """
+    name, spread = str(hparams.model_name), getattr(hparams, "model_parallel", False)
+    device = _device(hparams.device)
+    try:
+        torch.empty(0, device=None if spread else device)
+    except (RuntimeError, AssertionError):
+        raise HostError(f"device is {hparams.device!r}, which this machine does not have; try 'cpu'") from None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=torch.float16 if getattr(hparams, "fp16", False) else torch.float32,
+            device_map="auto" if spread else None,
+            use_safetensors=True,
+        )
+        tok = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(name, error) from error
+    if tok.pad_token_id is None:
+        tok.pad_token_id = tok.eos_token_id
+    if not spread:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, tok
+
+
+def _cannot_load(name: str, error: Exception) -> HostError:
+    return HostError(
+        f"model_name is {name!r}, which cannot be loaded; give a folder, a name on the model hub, or, from Python, "
+        f"a pair of model and tokenizer. The reason: {' '.join(str(error).split())}"
+    )
+
+
+def _mend_loading() -> None:
+    original = BaseEditor.__init__
+
+    @wraps(original)
+    def __init__(self: Any, hparams: Any) -> None:
+        if not _is_causal(hparams):
+            original(self, hparams)
+            return
+        self.alg_name, self.apply_algo = hparams.alg_name, ALG_DICT[hparams.alg_name]
+        if not _EDITOR_LOG.handlers:
+            _module("editors.editor").make_logs()
+        vars(hparams).update(vars(in_place(hparams)))
+        if isinstance(hparams.model_name, str):
+            self.model, self.tok = load_model(hparams)
+        else:
+            self.model, self.tok = hparams.model_name
+        self.tok.padding_side = "right" if hparams.alg_name in _PAD_RIGHT else "left"
+        if getattr(hparams, "model_parallel", False):
+            hparams.device = str(self.model.device)
+        config = self.model.config
+        self.model_name = hparams.model_name = ModelName(config.name_or_path, config.model_type)
+        self.device = torch.device(_device(hparams.device))
+        self.hparams = hparams
+
+    BaseEditor.__init__ = __init__
+
+
+def _is_causal(hparams: Any) -> bool:
+    """Whether ``hparams`` name a causal language model that :func:`load_model` can load; QLoRA's are quantised."""
+    name = hparams.model_name
+    if not isinstance(name, str) or name == world.NAME:
+        return True
+    if hparams.alg_name == "QLoRA" or any(api in name for api in ("gpt-3.5", "chatglm-api")):
+        return False
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What else is mended.
+
+
+def _mend_fluency() -> None:
+    """EasyEdit splits text into words with data that nltk downloads; without it, nltk's untrained splitter does."""
+
+    def words(text: str) -> list[str]:
+        try:
+            return nltk.word_tokenize(text)
+        except LookupError:
+            sentences = PunktSentenceTokenizer().tokenize(text)
+            return [word for sentence in sentences for word in NLTKWordTokenizer().tokenize(sentence)]
+
+    _module("evaluate.evaluate_utils").compute_freq = lambda sentence, n=2: nltk.FreqDist(nltk.ngrams(words(sentence), n))
+
+
+def _mend_generation() -> None:
+    """Main's sampling passes a mask of the newest token alone, which today's transformers takes for the whole sequence's.
+
+    Every token then attended to the first one only. The sampling pads on the right and needs no mask.
+    """
+
+    class Unmasked:
+        def __init__(self, model: Any) -> None:
+            self.model = model
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.model, name)
+
+        def __call__(self, **inputs: Any) -> Any:
+            return self.model(**{**inputs, "attention_mask": None})
+
+    generate_fast = _module("util.generate").generate_fast
+
+    @wraps(generate_fast)
+    def unmasked(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return generate_fast(Unmasked(model), *args, **kwargs)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("easyeditor.") and getattr(module, "generate_fast", None) is generate_fast:
+            module.generate_fast = unmasked  # type: ignore[attr-defined]
+
+
+def _mend_metrics() -> None:
+    """The release counts padding as if it were on the left, wherever it is, and cuts long answers off; main does neither."""
+    measure = _module("evaluate.evaluate_utils").test_prediction_acc
+
+    @wraps(measure)
+    def test_prediction_acc(model: Any, tok: Any, hparams: Any, prompts: Any, targets: Any, *args: Any, **kwargs: Any) -> Any:
+        pairs = [(prompts, targets)] if isinstance(prompts, str) else zip(prompts, targets)
+        longest = max(len(tok.encode(f"{prompt} {target}")) for prompt, target in pairs)
+        before = tok.padding_side, hparams.max_length
+        tok.padding_side, hparams.max_length = "left", max(hparams.max_length, longest + 1)
+        try:
+            return measure(model, tok, hparams, prompts, targets, *args, **kwargs)
+        finally:
+            tok.padding_side, hparams.max_length = before
+
+    for name in ("evaluate", "evaluate_utils", "portability_evaluate"):
+        _module(f"evaluate.{name}").test_prediction_acc = test_prediction_acc
+
+
+def _mend_block_outputs() -> None:
+    """The release's MEMIT takes a decoder block's output for a tuple, as it was; today it is the tensor itself."""
+    nethook = _module("util.nethook")
+    trace = nethook.Trace
+
+    class Trace(trace):  # type: ignore[misc,valid-type]
+        def __init__(self, module: Any, layer: Any = None, *args: Any, edit_output: Any = None, **kwargs: Any) -> None:
+            self.is_block = bool(re.search(r"\.\d+$", layer or ""))
+            edit = edit_output
+            if self.is_block and edit is not None:
+
+                def edit_output(output: Any, layer: Any) -> Any:
+                    if not isinstance(output, torch.Tensor):
+                        return nethook.invoke_with_optional_args(edit, output=output, layer=layer)
+                    return nethook.invoke_with_optional_args(edit, output=(output,), layer=layer)[0]
+
+            super().__init__(module, layer, *args, edit_output=edit_output, **kwargs)
+
+        @property
+        def output(self) -> Any:
+            return (self._output,) if self.is_block and isinstance(self._output, torch.Tensor) else self._output
+
+        @output.setter
+        def output(self, output: Any) -> None:
+            self._output = output
+
+    nethook.Trace = Trace
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a comparison asks of EasyEdit.
+
+#: Keys of main's hyper-parameters that the release lacks, each with what the release does.
+RELEASE_BEHAVIOUR = {
+    "objective_optimization": "prompt_last",
+    "lora_type": "adalora",
+    "fp16": False,
+    "model_parallel": False,
+}
+
+# The methods whose edits are weights, or adapters that can be unloaded: what a comparison can apply and undo.
+COMPARABLE = ("KDPO", "FT", "ROME", "R-ROME", "MEMIT", "EMMET", "PMET", "LoRA")
+
+
+def hyper_params_class(method: str) -> type:
+    """EasyEdit's hyper-parameter dataclass of a method.
+
+    Raises:
+        HostError: this EasyEdit does not have the method, or a comparison cannot run it.
+    """
+    if method not in COMPARABLE:
+        raise HostError(f"editing_method is {method!r}; allowed: {', '.join(COMPARABLE)}")
+    if method not in ALG_DICT:
+        here, there = ("release", "GitHub main branch") if IS_RELEASE else ("GitHub main branch", "release")
+        raise HostError(f"editing_method is {method!r}, which EasyEdit's {here} does not have, but its {there} does")
+    wanted = method.replace("-", "").lower() + "hyperparams"
+    classes = {**vars(_module("util.alg_dict")), "KDPOHyperParams": easyeditor.KDPOHyperParams}
+    return next(cls for name, cls in classes.items() if name.replace("_", "").lower() == wanted)
+
+
+def edit_quality(editor: Any, model: Any, request: dict[str, Any], fluency: bool = True) -> dict[str, Any]:
+    """EasyEdit's metrics of one request on a model: ``rewrite_acc``, ``rephrase_acc``, ``locality`` …"""
+    return _module("evaluate").compute_edit_quality(
+        model, editor.model_name, editor.hparams, editor.tok, request, editor.hparams.device, test_generation=fluency
+    )
+
+
+def apply_edit(editor: Any, request: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """One edit by ``BaseEditor``'s method: the edited model, and the weights that it changed, as they were."""
+    return editor.apply_algo(
+        editor.model,
+        editor.tok,
+        [request],
+        editor.hparams,
+        copy=False,
+        return_orig_weights=True,
+        keep_original_weight=IS_RELEASE,
+        train_ds=None,
+    )
+
+
+def undo_edits(editor: Any, edited_model: Any, originals: dict[str, torch.Tensor]) -> None:
+    """Give ``editor.model`` back the weights that :func:`apply_edit` told of; adapters are unloaded."""
+    if editor.alg_name == "LoRA":
+        edited_model.unload()
+        if hasattr(editor.model, "peft_config"):
+            del editor.model.peft_config
+    parameters = dict(editor.model.named_parameters())
+    with torch.no_grad():
+        for name, weight in originals.items():
+            parameters[name].copy_(weight)
+
+
+def forget_contexts() -> None:
+    """Let ROME, MEMIT and their like write new contexts: they keep them for whatever model comes next."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("easyeditor.") and getattr(module, "CONTEXT_TEMPLATES_CACHE", None) is not None:
+            module.CONTEXT_TEMPLATES_CACHE = None  # type: ignore[attr-defined]
+
+
+@contextmanager
+def output_to(folder: Path) -> Iterator[None]:
+    """For a block, EasyEdit's prints and logs, and whatever it writes where it stands, go into ``folder``."""
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    before = root.handlers, _EDITOR_LOG.handlers
+    file = logging.FileHandler(logs / "easyedit.log", encoding="utf-8")
+    root.handlers, _EDITOR_LOG.handlers = [file], [logging.NullHandler()]
+    try:
+        with contextlib.chdir(folder), redirect_stdout(file.stream):
+            yield
+    finally:
+        root.handlers, _EDITOR_LOG.handlers = before
+        file.close()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The world, with the covariance statistics that MEMIT needs.
+
+_STATISTICS_SAMPLES = 1000
+
+
+def build_world(recipe: world.Recipe = world.Recipe(), quiet: bool = False) -> world.World:
+    """The world of :func:`kdpo_easyedit.world.build`, with covariance statistics where EasyEdit's MEMIT looks for them.
+
+    Raises:
+        WorldError, OSError: as :func:`kdpo_easyedit.world.build`.
+    """
+    built = world.build(recipe, quiet)
+    names = [f"transformer.h.{layer}.mlp.c_proj" for layer in range(recipe.layers)]
+    files = [statistics_file(built.statistics, str(built.folder), name, world.NAME, _STATISTICS_SAMPLES) for name in names]
+    missing = [name for name, file in zip(names, files) if not file.is_file()]
+    if missing:
+        model = AutoModelForCausalLM.from_pretrained(built.folder)
+        tok = AutoTokenizer.from_pretrained(built.folder)
+        for name in tqdm(missing, desc="covariance statistics of the world", unit="layer", disable=quiet):
+            compute_statistics(model, tok, name, built.statistics, world.NAME, built.passages(), _STATISTICS_SAMPLES)
+    return built
+
+
+def in_place(hparams: Any) -> Any:
+    """A copy of ``hparams``; where their model is the world, it is built and they name its folder and statistics."""
+    hparams = copy.copy(hparams)
+    if hparams.model_name == world.NAME:
+        built = build_world()
+        hparams.model_name = str(built.folder)
+        if hasattr(hparams, "stats_dir"):
+            hparams.stats_dir = str(built.statistics)
+    return hparams
+
+
+def statistics_file(stats_dir: Path, model_name: str, layer_name: str, dataset: str, samples: int) -> Path:
+    """Where EasyEdit keeps the second moment of a layer's input."""
+    folder = model_name.replace("/", "_") if IS_RELEASE else model_name.rsplit("/")[-1]
+    return stats_dir / folder / f"{dataset}_stats" / f"{layer_name}_float32_mom2_{samples}.npz"
+
+
+def compute_statistics(
+    model: Any, tok: Any, layer_name: str, stats_dir: Path, dataset: str, texts: Sequence[str], samples: int
+) -> None:
+    """Second moments of a layer's input over ``texts``, by EasyEdit's own code, into EasyEdit's own file."""
+    target = statistics_file(stats_dir, model.config.name_or_path, layer_name, dataset, samples)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    module = _module("models.rome.layer_stats")
+    load_dataset = module.load_dataset
+    # EasyEdit knows the names of two datasets and no others; under one of them it is handed these texts instead.
+    module.load_dataset = lambda *_: {"train": [{"text": text} for text in texts]}
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent) as unfinished, redirect_stdout(None):
+            module.layer_stats(
+                model,
+                tok,
+                layer_name,
+                unfinished,
+                "wikipedia",
+                to_collect=["mom2"],
+                sample_size=samples,
+                precision="float32",
+                progress=lambda batches, total: batches,
+                hparams=SimpleNamespace(device=str(model.device)),
+            )
+            (file,) = Path(unfinished).rglob("*.npz")
+            file.replace(target)
+    finally:
+        module.load_dataset = load_dataset

@@ -1,0 +1,371 @@
+"""KDPO's hyper-parameters: the dataclass, its YAML, and the files that come with the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .host import IS_RELEASE, RELEASE_BEHAVIOUR, HostError, HyperParams, hyper_params_class
+
+_PACKAGE = Path(__file__).resolve().parent
+#: Where the provided YAMLs lie, one folder a method: in a wheel inside the package, in a checkout beside it.
+HPARAMS_DIR = _PACKAGE / "hparams_yaml" if (_PACKAGE / "hparams_yaml").is_dir() else _PACKAGE.parent / "hparams"
+# Fine-tuning goes by two names in the field: FT-L (objective_optimization: prompt_last), which is what both EasyEdits have
+# and call FT, and FT-M (target_new). Both are the algorithm FT.
+_FOLDERS = {"FT-L": "FT"}
+_ALGORITHMS = {"FT-L": "FT", "FT-M": "FT"}
+
+
+class HParamsError(ValueError):
+    """A hyper-parameter that cannot be used; the message names where, the key, the value and what is allowed."""
+
+
+def find_hparams(method: str, name_or_path: str | Path) -> Path:
+    """The YAML that ``name_or_path`` means for ``method``.
+
+    A path (with or without ``.yaml``) is a path; a bare name such as ``qwen1.5-0.5b`` that is no file here is looked up
+    among the provided ``METHOD/NAME.yaml``.
+
+    Raises:
+        HParamsError: there is no such file; the message lists the names that there are.
+    """
+    given = str(name_or_path)
+    for candidate in (Path(given), Path(given + ".yaml")):
+        if candidate.is_file():
+            return candidate
+    folder = HPARAMS_DIR / _FOLDERS.get(method, method)
+    if Path(given).name == given:
+        provided = folder / (given.removesuffix(".yaml") + ".yaml")
+        if provided.is_file():
+            return provided
+    names = sorted(f.stem for f in folder.glob("*.yaml"))
+    raise HParamsError(
+        f"no hyper-parameters for {method} at {given!r}: give the path of a YAML, or one of the provided names: "
+        + (", ".join(names) or f"none are provided for {method}")
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a hyper-parameter YAML holds.
+
+    Raises:
+        HParamsError: the file is not YAML, or not a mapping of keys to values.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise HParamsError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(config, dict):
+        raise HParamsError(f"{path}: expected a mapping of keys to values, found {type(config).__name__}")
+    return config
+
+
+def load_hparams(method: str, name_or_path: str | Path) -> Any:
+    """The hyper-parameters of any method, as EasyEdit's own class for it, from a YAML that :func:`find_hparams` finds.
+
+    Raises:
+        HParamsError: no such YAML, a method that this EasyEdit lacks, or a key that is unknown, missing or not for it.
+    """
+    path = find_hparams(method, name_or_path)
+    config = read_yaml(path)
+    algorithm = _ALGORITHMS.get(method, method)
+    try:
+        cls = hyper_params_class(algorithm)
+    except HostError as error:
+        raise HParamsError(str(error)) from None
+    if config.get("alg_name") != algorithm:
+        raise HParamsError(f"{path}: alg_name is {config.get('alg_name')!r}; allowed for {method}: {algorithm!r}")
+    if cls is KDPOHyperParams:
+        return KDPOHyperParams.from_hparams(path)
+    config = HyperParams.construct_float_from_scientific_notation(config)
+    try:
+        if IS_RELEASE:
+            _drop_keys_of_main(cls, config)
+        _check_keys(cls, config)
+    except HParamsError as error:
+        raise HParamsError(f"{path}: {error}") from None
+    return cls(**config)
+
+
+def _drop_keys_of_main(cls: type, config: dict[str, Any]) -> None:
+    known = {f.name for f in fields(cls)}
+    for key, value in RELEASE_BEHAVIOUR.items():
+        if key not in known and config.pop(key, value) != value:
+            raise HParamsError(
+                f"{key} is not {value!r}, which EasyEdit's release needs it to be; its GitHub main branch has both"
+            )
+
+
+def _check_keys(cls: type, config: dict[str, Any]) -> None:
+    known = {f.name: f for f in fields(cls)}
+    for key, value in config.items():
+        if key not in known:
+            raise HParamsError(f"unknown key {key!r} (value {value!r}); allowed keys: {', '.join(known)}")
+    for key, f in known.items():
+        if f.default is MISSING and key not in config:
+            raise HParamsError(f"missing key {key!r}" + (f": {f.metadata['help']}" if f.metadata else ""))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a field may hold. Each check takes a value and returns it, normalised, or raises ValueError saying what is allowed.
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also where YAML 1.1 read ``1e-4`` as text; None where it is none."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def _positive(value: Any) -> float:
+    number = _number(value)
+    if number is None or number <= 0:
+        raise ValueError("a number above 0")
+    return number
+
+
+def _not_negative(value: Any) -> float:
+    number = _number(value)
+    if number is None or number < 0:
+        raise ValueError("a number, 0 or above")
+    return number
+
+
+def _positive_or_false(value: Any) -> float | bool:
+    if value is None or value is False:
+        return False
+    try:
+        return float(_positive(value))
+    except ValueError as error:
+        raise ValueError(f"{error}, or false") from None
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("a whole number, 1 or above")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("text")
+    return value
+
+
+def _template(value: Any) -> str:
+    if not isinstance(value, str) or value.count("{}") != 1:
+        raise ValueError("a module's name with {} in the place of the layer's number")
+    return value
+
+
+def _layers(value: Any) -> list[int]:
+    whole = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    if not whole or not value or len(set(value)) != len(value):
+        raise ValueError("a list of different layer numbers, counted from 0")
+    return value
+
+
+def _device(value: Any) -> int | str:
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    try:
+        if not isinstance(value, (int, str)) or isinstance(value, bool):
+            raise RuntimeError
+        torch.device(f"cuda:{value}" if isinstance(value, int) else value)
+    except RuntimeError:
+        raise ValueError("a CUDA device's number, or 'cpu', 'cuda', 'cuda:1', 'mps'") from None
+    return value
+
+
+def _model_name(value: Any) -> Any:
+    pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], torch.nn.Module)
+    if not pair and not (isinstance(value, str) and value):
+        raise ValueError("a model's name or folder (or, from Python, a pair of model and tokenizer)")
+    return value
+
+
+def _one_of(*allowed: Any) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if value not in allowed or isinstance(value, bool):
+            raise ValueError(" or ".join(repr(a) for a in allowed))
+        return value
+
+    return check
+
+
+def _field(help: str, check: Callable[[Any], Any], default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"help": help, "check": check})
+
+
+# Keys of the paper's release that KDPO reads no more. Each is accepted where it changes nothing.
+_RELEASE_KEYS: dict[str, tuple[Any, str]] = {
+    "unused_params": (
+        False,
+        "it drops target tokens that stand again elsewhere in the answer, which the paper does not describe",
+    ),
+    "nll_term": (False, "the released code never reads it, and the paper's loss has no such term"),
+    "lora": (False, "KDPO edits the weight itself; for adapters use editing_method LoRA"),
+    "kl_factor": (0, "the released code never reads it, and the paper's loss has no such term"),
+}
+
+
+@dataclass
+class KDPOHyperParams(HyperParams):
+    """Hyper-parameters of KDPO (arXiv 2406.09920), under the names of the paper's release where there is one.
+
+    The defaults are the paper's. Build one from a YAML with :meth:`from_hparams`, or directly by keywords.
+
+    Raises:
+        HParamsError: a field holds something that it cannot hold; the message names the key and what is allowed.
+    """
+
+    alg_name: str = _field("the method: KDPO", _one_of("KDPO"))
+    model_name: Any = _field("a model's name or folder, as from_pretrained takes it", _model_name)
+    device: Any = _field("where to put the model: 0, 'cpu', 'cuda:1', 'mps'", _device)
+    layers: list[int] = _field("the layers whose projection is edited, counted from 0", _layers)
+    rewrite_module_tmp: str = _field("the projection W that is edited, with or without '.weight'", _template)
+    layer_module_tmp: str = _field("a decoder layer", _template)
+    mlp_module_tmp: str = _field("a decoder layer's MLP", _template)
+    attn_module_tmp: str = _field("a decoder layer's attention", _template)
+    ln_f_module: str = _field("the final norm", _text)
+    lm_head_module: str = _field("the output layer (or the embedding that it is tied to)", _text)
+    num_steps: int = _field("optimiser steps a cycle, at most", _count, 8)
+    cycles: int = _field("cycles, each with new negatives, at most", _count, 20)
+    lr: float = _field("Adam's learning rate", _positive, 1e-4)
+    beta: float = _field("strength of the preference (DPO's beta)", _positive, 0.1)
+    stop_crit: Any = _field("a cycle ends where the loss falls below it; false: never", _positive_or_false, 1e-3)
+    weight_decay: float = _field("Adam's weight decay", _not_negative, 0)
+    norm_constraint: Any = _field("no element of W moves further than this; false: no limit", _positive_or_false, False)
+    negatives: str = _field(
+        "teacher_forced: KDPO; autoregressive: the paper's DPO ablation",
+        _one_of("teacher_forced", "autoregressive"),
+        "teacher_forced",
+    )
+    sequential_edit: bool = _field("edits follow one another: lr is scaled", _flag, False)
+    sequential_lr_scale: float = _field("what lr is multiplied by in sequential edits", _positive, 0.2)
+    update_scale: float = _field("the share of the update that is applied; 2 repeats the release's doubling", _positive, 1.0)
+    batch_size: int = _field("KDPO makes one edit at a time: 1", _one_of(1), 1)
+    max_length: int = _field("EasyEdit's metrics truncate to it", _count, 40)
+    model_parallel: bool = _field("spread the model over the devices there are", _flag, False)
+    fp16: bool = _field("load the model in half precision", _flag, False)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @classmethod
+    def from_hparams(cls, hparams_name_or_path: str | Path) -> KDPOHyperParams:
+        """Read a YAML: a path, with or without ``.yaml``, or the name of one that comes with the package.
+
+        YAMLs of the paper's release are understood once their ``alg_name`` says KDPO.
+
+        Raises:
+            HParamsError: no such file; or an unknown key, a missing one, or a value that a key cannot hold.
+        """
+        path = find_hparams("KDPO", hparams_name_or_path)
+        try:
+            config = translate_release(read_yaml(path))
+            _check_keys(cls, config)
+            return cls(**config)
+        except HParamsError as error:
+            message = str(error)
+            raise HParamsError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+
+    def validate(self) -> None:
+        """Check every field, and normalise numbers that YAML 1.1 reads as text (``1e-4``).
+
+        Raises:
+            HParamsError: naming the key, its value and what is allowed.
+        """
+        for f in fields(self):
+            value = getattr(self, f.name)
+            try:
+                setattr(self, f.name, f.metadata["check"](value))
+            except ValueError as allowed:
+                raise HParamsError(f"{f.name} is {value!r}; allowed: {allowed}") from None
+
+    def edited_parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        """The weights W that an edit changes, by their full names, lowest layer first.
+
+        Raises:
+            HParamsError: a layer or a template that the model does not have.
+        """
+        modules = dict(model.named_modules())
+        stems = [self.layer_module_tmp, self.mlp_module_tmp, self.attn_module_tmp]
+        for layer in sorted(self.layers):
+            if self.layer_module_tmp.format(layer) not in modules:
+                depth = sum(self.layer_module_tmp.format(n) in modules for n in range(len(modules)))
+                if not depth:
+                    raise _no_match("layer_module_tmp", self.layer_module_tmp, modules)
+                raise HParamsError(f"layers holds {layer}; allowed: 0 to {depth - 1}, the layers of this model")
+        for key, template in zip(("layer_module_tmp", "mlp_module_tmp", "attn_module_tmp"), stems):
+            if template.format(self.layers[0]) not in modules:
+                raise _no_match(key, template, modules)
+        for key in ("ln_f_module", "lm_head_module"):
+            if getattr(self, key) not in modules:
+                raise _no_match(key, getattr(self, key), modules)
+
+        weights = {}
+        for layer in sorted(self.layers):
+            name = self.rewrite_module_tmp.format(layer).removesuffix(".weight")
+            weight = getattr(modules.get(name), "weight", None)
+            if weight is None:
+                raise _no_match("rewrite_module_tmp", self.rewrite_module_tmp, modules)
+            if weight.dim() != 2 or not weight.is_floating_point():
+                kind = f"{weight.dim()}-dimensional {weight.dtype}"
+                raise HParamsError(
+                    f"rewrite_module_tmp is {self.rewrite_module_tmp!r}, whose weight is {kind}; "
+                    "allowed: a projection with a matrix of floating-point numbers"
+                )
+            weights[f"{name}.weight"] = weight
+        return weights
+
+
+def _no_match(key: str, value: str, modules: dict[str, torch.nn.Module]) -> HParamsError:
+    last = value.removesuffix(".weight").rpartition(".")[2]
+    similar = [n for n in modules if n.rpartition(".")[2] == last][:3] or [n for n, m in modules.items() if n][:3]
+    return HParamsError(f"{key} is {value!r}, which matches nothing in this model; it has, for example: {', '.join(similar)}")
+
+
+def translate_release(config: dict[str, Any]) -> dict[str, Any]:
+    """A YAML of the paper's release in our fields; one without the release's own keys is returned as it is."""
+    own = {"reg_dpo", "mask_where_equal", "objective_optimization", *_RELEASE_KEYS}
+    if not own & config.keys():
+        return config
+    config = dict(config)
+    # The release's defaults, where its file leaves them out.
+    config.setdefault("cycles", 1)
+    config.setdefault("stop_crit", False)
+    autoregressive = config.pop("reg_dpo", False)
+    if autoregressive not in (True, False):
+        raise HParamsError(f"reg_dpo is {autoregressive!r}; allowed: true (negatives: autoregressive) or false")
+    negatives = "autoregressive" if autoregressive else "teacher_forced"
+    if config.setdefault("negatives", negatives) != negatives:
+        raise HParamsError(f"reg_dpo is {autoregressive!r} but negatives is {config['negatives']!r}; leave one of them out")
+    if config.pop("mask_where_equal", False) and autoregressive:
+        raise HParamsError(
+            "mask_where_equal is True with reg_dpo; allowed: false: the paper's DPO ablation masks nothing "
+            "(with teacher-forced negatives an equal pair adds nothing to the loss, masked or not)"
+        )
+    config.pop("objective_optimization", None)  # fine-tuning's; the released code never reads it
+    for key, (neutral, reason) in _RELEASE_KEYS.items():
+        value = config.pop(key, neutral)
+        if value != neutral:
+            raise HParamsError(f"{key} is {value!r}; allowed: {neutral!r}: {reason}")
+    return config

@@ -1,0 +1,290 @@
+"""KDPO: one edit, read top to bottom like section 3 of the paper (arXiv 2406.09920)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .hparams import KDPOHyperParams
+from .preference import (
+    EditTokens,
+    edit_tokens,
+    pair_margin,
+    preference_loss,
+    sequence_margin,
+    teacher_forced_negatives,
+)
+from .suffix import Suffix, frozen, projecting_with
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass
+class EditTrace:
+    """What happened in one edit.
+
+    Attributes:
+        negatives: of every cycle, the T tokens that the model said at its start.
+        losses: of every cycle, the loss before every step, and the one that ended the cycle where one did.
+        token_accuracy: of every cycle, the share of the target's tokens that teacher forcing gave at its start.
+        steps: optimiser steps taken.
+        final_token_accuracy: the same share after the last step.
+        ended: why: ``"the target is said"`` or ``"all cycles are used"``.
+    """
+
+    negatives: list[list[int]] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    token_accuracy: list[float] = field(default_factory=list)
+    steps: int = 0
+    final_token_accuracy: float = 0.0
+    ended: str = "all cycles are used"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trace as plain lists and numbers, for JSON."""
+        return asdict(self)
+
+
+def apply_kdpo_to_model(
+    model: PreTrainedModel,
+    tok: Any,
+    requests: list[dict[str, Any]],
+    hparams: KDPOHyperParams,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    keep_original_weight: bool = False,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, Weights]:
+    """Edit a model: EasyEdit's interface, as ``apply_ft_to_model`` and its like.
+
+    Several requests are edited in order, each on top of the last. An exception or Ctrl-C on the way leaves the model with
+    the weights, flags and mode that it came with.
+
+    Args:
+        model: a causal language model of transformers; edited in place.
+        tok: its tokenizer.
+        requests: each with ``prompt`` and ``target_new``; EasyEdit's other keys are not read.
+        hparams: the hyper-parameters.
+        copy: edit a deep copy instead.
+        return_orig_weights: return the weights as they were.
+        keep_original_weight: EasyEdit's; its two versions take it differently, which the host module sees to.
+        kwargs: what EasyEdit passes to other methods; not read.
+
+    Returns:
+        The edited model, and the edited weights as they were before the first request, by name (empty unless
+        ``return_orig_weights``).
+
+    Raises:
+        HParamsError: a hyper-parameter that is wrong in itself or does not fit the model.
+        ValueError: a request without a prompt or a target, or one that the model has no room for.
+    """
+    if copy:
+        model = deepcopy(model)
+    for request in requests:
+        _check_request(request)
+    parameters = hparams.edited_parameters(model)
+    originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        for request in requests:
+            weights, _ = execute_kdpo(model, tok, request, hparams)
+            store(parameters, weights)
+    except BaseException:
+        store(parameters, originals)
+        raise
+    return model, originals if return_orig_weights else {}
+
+
+def execute_kdpo(
+    model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams
+) -> tuple[Weights, EditTrace]:
+    """One edit (section 3 of the paper), without touching the model.
+
+    Args:
+        model: a causal language model of transformers.
+        tok: its tokenizer.
+        request: ``prompt`` and ``target_new``.
+        hparams: the hyper-parameters.
+
+    Returns:
+        The new weights by name, in the model's dtype and on its devices, and a trace of the edit.
+
+    Raises:
+        HParamsError, ValueError: as :func:`apply_kdpo_to_model`.
+    """
+    hparams.validate()
+    _check_request(request)
+    parameters = hparams.edited_parameters(model)
+    edit = edit_tokens(tok, request["prompt"], request["target_new"])
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and edit.input_ids.shape[1] > room:
+        raise ValueError(
+            f"prompt and target_new have {edit.input_ids.shape[1]} tokens, and the model takes {room}: {request['prompt']!r}"
+        )
+
+    # θ: W alone, in float32 whatever the model's dtype. Everything else is frozen.
+    weights = {name: parameter.detach().float().clone().requires_grad_() for name, parameter in parameters.items()}
+    lr = hparams.lr * (hparams.sequential_lr_scale if hparams.sequential_edit else 1)
+    optimizer = torch.optim.Adam(weights.values(), lr=lr, weight_decay=hparams.weight_decay, fused=True)
+
+    trace = EditTrace()
+    make_preference = _TeacherForced if hparams.negatives == "teacher_forced" else _Autoregressive
+    with frozen(model), make_preference(model, edit, parameters, hparams) as preference:
+        for _ in range(hparams.cycles):
+            negatives, accuracy = preference.renew(weights)
+            trace.negatives.append(negatives.tolist())
+            trace.token_accuracy.append(accuracy)
+            trace.losses.append([])
+            if accuracy == 1:
+                trace.ended = "the target is said"
+                break
+
+            reference_margin = preference.reference_margin()
+            for _ in range(hparams.num_steps):
+                loss = preference_loss(preference.margin(weights), reference_margin, hparams.beta)
+                trace.losses[-1].append(loss.item())
+                if loss.item() < hparams.stop_crit:
+                    break
+                for weight, gradient in zip(weights.values(), torch.autograd.grad(loss, list(weights.values()))):
+                    weight.grad = gradient
+                optimizer.step()
+                optimizer.zero_grad()
+                trace.steps += 1
+                if hparams.norm_constraint:
+                    _clamp(weights, parameters, hparams.norm_constraint)
+        else:
+            _, accuracy = preference.renew(weights)
+        trace.final_token_accuracy = accuracy
+
+    if hparams.update_scale != 1:
+        _scale(weights, parameters, hparams.update_scale)
+    return {name: weight.detach().to(parameters[name].dtype) for name, weight in weights.items()}, trace
+
+
+def store(parameters: Weights, weights: Weights) -> None:
+    """Write weights into a model's parameters of the same names."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+
+class _TeacherForced:
+    """KDPO: the negative is what the model says at every position, given the target up to there.
+
+    One sequence serves every cycle, so what lies below W is recorded once an edit.
+    """
+
+    def __init__(self, model: PreTrainedModel, edit: EditTokens, parameters: Weights, hparams: KDPOHyperParams) -> None:
+        self.suffix = Suffix(model, parameters, hparams.layer_module_tmp, edit.input_ids, edit.prompt_length)
+        self.logits: Tensor | None = None
+
+    def __enter__(self) -> _TeacherForced:
+        self.suffix.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.suffix.__exit__()
+
+    def renew(self, weights: Weights) -> tuple[Tensor, float]:
+        """New negatives, int64 ``[T]``, and the share of the target that they hit."""
+        # The pass that shows what the model says is the first step's forward pass too.
+        self.pairs, self.logits = self.suffix.pairs_and_logits(weights)
+        target, negative = self.pairs.unbind(-1)
+        return negative, (negative == target).float().mean().item()
+
+    def reference_margin(self) -> Tensor:
+        with torch.no_grad():
+            return pair_margin(self.suffix.pair_logits(None, self.pairs))
+
+    def margin(self, weights: Weights) -> Tensor:
+        if self.logits is None:
+            return pair_margin(self.suffix.pair_logits(weights, self.pairs))
+        logits, self.logits = self.logits, None
+        return pair_margin(logits)
+
+
+class _Autoregressive:
+    """The paper's DPO ablation: the negative is the model's own greedy answer, and each sequence has its own prefix.
+
+    Every cycle has a sequence of its own, so what lies below W is recorded once a cycle, for both in one batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, edit: EditTokens, parameters: Weights, hparams: KDPOHyperParams) -> None:
+        self.model, self.edit, self.parameters, self.hparams = model, edit, parameters, hparams
+        self.replay = ExitStack()
+        self.logits: Tensor | None = None
+
+    def __enter__(self) -> _Autoregressive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.replay.close()
+
+    def renew(self, weights: Weights) -> tuple[Tensor, float]:
+        """A new greedy answer, int64 ``[T]``, and the share of the target that teacher forcing gives."""
+        self.replay.close()
+        edit = self.edit
+        prompt = edit.input_ids[:, : edit.prompt_length]
+        with torch.no_grad(), projecting_with(self.model, weights):
+            negative = greedy(self.model, prompt, len(edit.targets))
+        both = torch.cat((edit.input_ids, torch.cat((prompt, negative.unsqueeze(0)), dim=1)))
+        self.sequences = both[:, edit.prompt_length :]
+        self.suffix = self.replay.enter_context(
+            Suffix(self.model, self.parameters, self.hparams.layer_module_tmp, both, edit.prompt_length)
+        )
+        self.logits = self.suffix.target_logits(weights)
+        said = teacher_forced_negatives(self.logits[0])
+        return negative, (said == edit.targets).float().mean().item()
+
+    def reference_margin(self) -> Tensor:
+        with torch.no_grad():
+            return sequence_margin(self.suffix.target_logits(None), self.sequences)
+
+    def margin(self, weights: Weights) -> Tensor:
+        if self.logits is None:
+            return sequence_margin(self.suffix.target_logits(weights), self.sequences)
+        logits, self.logits = self.logits, None
+        return sequence_margin(logits, self.sequences)
+
+
+def greedy(model: PreTrainedModel, prompt_ids: Tensor, length: int) -> Tensor:
+    """The model's most likely continuation, token by token: ``[1, P]`` → int64 ``[length]``."""
+    tokens: list[Tensor] = []
+    output = model(input_ids=prompt_ids, use_cache=True)
+    while True:
+        tokens.append(output.logits[:, -1].argmax(-1).to(prompt_ids.device))
+        if len(tokens) == length:
+            return torch.cat(tokens)
+        output = model(input_ids=tokens[-1].unsqueeze(0), past_key_values=output.past_key_values, use_cache=True)
+
+
+def _clamp(weights: Weights, parameters: Weights, limit: float) -> None:
+    """Let no element of W stray further than ``limit`` from where the edit found it."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.sub_(parameters[name]).clamp_(-limit, limit).add_(parameters[name])
+
+
+def _scale(weights: Weights, parameters: Weights, scale: float) -> None:
+    """W_0 + Δ becomes W_0 + scale · Δ."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.sub_(parameters[name]).mul_(scale).add_(parameters[name])
+
+
+def _check_request(request: dict[str, Any]) -> None:
+    for key in ("prompt", "target_new"):
+        value = request.get(key)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"a request's {key} is {value!r}; allowed: text that is not empty")
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model wants its tokens: on the device of its embedding, or the CPU where that is offloaded."""
+    embedding: Any = model.get_input_embeddings()
+    return torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device

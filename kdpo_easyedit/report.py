@@ -1,0 +1,109 @@
+"""Tables and pictures of a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .comparison import SEQUENTIAL, SINGLE, Comparison, Example, Summary
+
+# A Summary's measures as the field names them.
+_MEASURES = {
+    "edit_success": "edit success",
+    "generalization": "generalization",
+    "portability": "portability",
+    "locality": "locality",
+    "fluency": "fluency",
+}
+_PROTOCOLS = {
+    SINGLE: "single edits, each from the original model",
+    SEQUENTIAL: "sequential edits, measured on the final model",
+}
+
+
+def print_tables(comparison: Comparison, console: Console) -> None:
+    """One table a protocol, a row a method; the best of each column in bold."""
+    for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
+        rows = [row for row in comparison.rows if row.protocol == protocol]
+        table = Table(title=f"{rows[0].n_edits} {_PROTOCOLS[protocol]}", title_justify="left", title_style="bold")
+        table.add_column("method")
+        for heading in ("edit\nsuccess", "general-\nization", "port-\nability", "locality", "fluency", "seconds\nan edit"):
+            table.add_column(heading, justify="right")
+        keys = (*_MEASURES, "seconds_per_edit")
+        best = {key: _best(rows, key) for key in keys}
+        for row in (comparison.before, *rows):
+            cells = []
+            for key in keys:
+                value = getattr(row, key)
+                shown = "–" if value is None else f"{value:.2f}" if key in ("fluency", "seconds_per_edit") else f"{value:.1f}"
+                cells.append(Text(shown, style="bold" if row in rows and value is not None and value == best[key] else ""))
+            table.add_row(row.method, *cells, style="dim" if row is comparison.before else "")
+        console.print(table)
+    console.print(
+        "in percent; fluency is n-gram entropy in bits; (before) is the unedited model on the same prompts",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _best(rows: Sequence[Summary], key: str) -> float | None:
+    values = [getattr(row, key) for row in rows if getattr(row, key) is not None]
+    if not values:
+        return None
+    return min(values) if key == "seconds_per_edit" else max(values)
+
+
+def print_examples(method: str, examples: Sequence[Example], console: Console) -> None:
+    """Edits in words: the prompt, what the model said before, what it says now."""
+    console.print(Text(f"\nThe first edits of {method}, in words", style="bold"))
+    for example in examples:
+        console.print(Text.assemble("\n  ", (example.prompt, "italic"), f"   → {example.target}"))
+        console.print(Text.assemble("    before  ", example.before or "(nothing)"))
+        console.print(Text.assemble("    after   ", (example.after or "(nothing)", "bold")))
+    console.print()
+
+
+def radar_chart(comparison: Comparison, path: Path) -> None:
+    """The paper's figure: a polygon a method over the five measures, one chart a protocol, as a PNG.
+
+    Percentages run from 0 to 100; fluency from 0 to the highest value of any row.
+    """
+    protocols = list(dict.fromkeys(row.protocol for row in comparison.rows))
+    highest = max((row.fluency or 0 for row in (comparison.before, *comparison.rows)), default=0) or 1
+    angles = [2 * math.pi * i / len(_MEASURES) for i in range(len(_MEASURES))]
+    figure, axes = plt.subplots(
+        1, len(protocols), figsize=(6.2 * len(protocols), 6), subplot_kw={"projection": "polar"}, squeeze=False
+    )
+    for axis, protocol in zip(axes[0], protocols):
+        axis.set_theta_offset(math.pi / 2)
+        axis.set_theta_direction(-1)
+        axis.set_ylim(0, 100)
+        axis.set_yticks([25, 50, 75, 100], labels=["25", "50", "75", "100"], color="0.5", fontsize=8)
+        axis.set_xticks(angles, labels=list(_MEASURES.values()), fontsize=11)
+        axis.tick_params(axis="x", pad=16)
+        axis.grid(color="0.85")
+        axis.spines["polar"].set_color("0.85")
+        rows = [row for row in comparison.rows if row.protocol == protocol]
+        for number, row in enumerate(rows):
+            values = [getattr(row, key) or 0 for key in _MEASURES]
+            values[-1] *= 100 / highest
+            line = axis.plot([*angles, 0], [*values, values[0]], label=row.method, linewidth=2, color=f"C{number}")
+            axis.fill([*angles, 0], [*values, values[0]], color=line[0].get_color(), alpha=0.08)
+        axis.set_title(f"{rows[0].n_edits} {protocol} edits", fontsize=13, pad=24)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(handles), frameon=False, fontsize=11)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    unfinished = path.with_name(path.name + ".unfinished")
+    figure.savefig(unfinished, format="png", dpi=130)
+    plt.close(figure)
+    unfinished.replace(path)

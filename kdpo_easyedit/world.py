@@ -1,0 +1,391 @@
+"""The embedded default: a small GPT-2 that knows an invented world, with edits to make in it.
+
+Three hundred people, each born in a city, employed by a company and with a profession; cities lie in countries, companies
+in industries. Every fact is said in five wordings. The model is trained here, from a fixed seed, the first time it is
+asked for, and kept in the user's cache folder with a benchmark file in KnowEdit's layout and the text it was trained on.
+
+Each person has one fact that is never edited, so that locality has something to stand on, and what follows from a fact
+(the country of a birthplace, the industry of an employer) is only told of people whose fact is never edited: for all
+others the model has to work it out from the parts, and portability measures whether it still can after an edit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast  # type: ignore[attr-defined]
+
+#: The model's name in a YAML: ``model_name: world``.
+NAME = "world"
+
+_WORDINGS = {
+    "birthplace": (
+        "{} was born in",
+        "The birthplace of {} is",
+        "The city where {} was born is",
+        "Where was {} born? The answer is",
+        "{} first saw the light of day in",
+    ),
+    "employer": (
+        "{} works for",
+        "The employer of {} is",
+        "The company that employs {} is",
+        "Who does {} work for? The answer is",
+        "{} is on the payroll of",
+    ),
+    "profession": (
+        "{} works as a",
+        "The profession of {} is",
+        "By trade, {} is a",
+        "What does {} do for a living? The answer is",
+        "{} earns a living as a",
+    ),
+}
+# What follows from a fact, as it is told of a person, and of the fact's value itself.
+_FOLLOWS = {
+    "birthplace": ("The country where {} was born is", "{} comes from the country of"),
+    "employer": ("The industry that {} works in is", "{} makes a living in the business of"),
+}
+_PARTS = {
+    "birthplace": ("{} is a city in", "The country of {} is", "{} lies in the country of"),
+    "employer": ("{} is a company in the business of", "The industry of {} is", "{} is known in the industry of"),
+}
+_INDUSTRIES = "aviation robotics farming film banking mining energy fashion medicine shipping software tourism".split()
+_PROFESSIONS = (
+    "lawyer farmer judge poet painter surgeon pilot chemist teacher baker banker singer sculptor engineer tailor dentist "
+    "plumber historian biologist geologist carpenter librarian translator journalist photographer gardener butcher "
+    "violinist astronomer economist"
+).split()
+
+# Counts the changes of how the model is trained, so that a cached one is built anew.
+_TRAINING = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the world and its model follow from.
+
+    Attributes:
+        people: how many; each has three facts.
+        development: how many of the edits are set aside for choosing hyper-parameters.
+        width, inner, layers, heads: of the GPT-2.
+        vocabulary: size of the byte-level BPE.
+        steps, rows, tokens: of the training: batches, rows a batch, tokens a row.
+        matrix_lr, matrix_decay: Muon's learning rate and weight decay for the matrices; without decay the weights grow far
+            beyond those of the models that editing methods' usual learning rates are meant for.
+        other_lr: AdamW's learning rate, for embeddings, biases and norms.
+        recall: the share of all facts, in every wording, that the trained model must say.
+    """
+
+    people: int = 300
+    places: int = 48
+    countries: int = 12
+    development: int = 100
+    seed: int = 0
+    width: int = 128
+    inner: int = 1024
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 1300
+    steps: int = 680
+    rows: int = 24
+    tokens: int = 64
+    matrix_lr: float = 0.05
+    matrix_decay: float = 0.15
+    other_lr: float = 0.015
+    recall: float = 0.99
+
+
+class WorldError(RuntimeError):
+    """The world's model was trained and does not know its facts."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A built world on disk.
+
+    Attributes:
+        folder: the model and its tokenizer, as ``from_pretrained`` takes them.
+    """
+
+    folder: Path
+
+    @property
+    def edits(self) -> Path:
+        """The benchmark file, in KnowEdit's layout."""
+        return self.folder / "edits.json"
+
+    @property
+    def development(self) -> Path:
+        """Edits that are in no reported table: for choosing hyper-parameters."""
+        return self.folder / "development.json"
+
+    @property
+    def statistics(self) -> Path:
+        """EasyEdit's ``stats_dir``."""
+        return self.folder / "stats"
+
+    def passages(self) -> list[str]:
+        """The text the model was trained on, for covariance statistics."""
+        return (self.folder / "text.txt").read_text(encoding="utf-8").splitlines()
+
+
+def cache_folder() -> Path:
+    """Where built worlds are kept: ``KDPO_CACHE``, or the user's cache folder."""
+    if "KDPO_CACHE" in os.environ:
+        return Path(os.environ["KDPO_CACHE"]).expanduser().resolve()
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kdpo-easyedit"
+
+
+def build(recipe: Recipe = Recipe(), quiet: bool = False) -> World:
+    """The world of a recipe: the one in the cache, or a new one, which takes a minute or two.
+
+    Raises:
+        WorldError: the trained model does not recall the facts; nothing is kept.
+        OSError: the cache folder cannot be written; ``KDPO_CACHE`` names another.
+    """
+    facts = _Facts(recipe)
+    contents = json.dumps([_TRAINING, asdict(recipe), facts.sentences, facts.edits])
+    world = World(cache_folder() / f"gpt2-{NAME}-{hashlib.sha256(contents.encode()).hexdigest()[:12]}")
+    if world.folder.is_dir():
+        return world
+
+    world.folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=world.folder.parent, prefix="building-") as unfinished:
+        folder = Path(unfinished) / NAME
+        tok = _train_tokenizer(facts, recipe)
+        with torch.random.fork_rng(devices=[]):
+            model = _train_model(facts, tok, recipe, quiet)
+        recall = _recall(model, tok, facts)
+        if recall < recipe.recall:
+            raise WorldError(
+                f"the trained model recalls {recall:.1%} of its facts in all wordings; {recipe.recall:.0%} are needed. "
+                "Nothing was kept. Please report this with your processor and versions; more training steps would help."
+            )
+        model.save_pretrained(folder)
+        tok.save_pretrained(folder)
+        test = len(facts.edits) - recipe.development
+        _write_json(folder / "edits.json", facts.edits[:test])
+        _write_json(folder / "development.json", facts.edits[test:])
+        _write_json(folder / "world.json", {"recipe": asdict(recipe), "recall": recall})
+        (folder / "text.txt").write_text("\n".join(facts.passages(random.Random(recipe.seed))), encoding="utf-8")
+        try:
+            folder.rename(world.folder)
+        except OSError:
+            if not world.folder.is_dir():  # else another process was faster
+                raise
+    return world
+
+
+class _Facts:
+    """The world in words.
+
+    Attributes:
+        recalled: (prompt, answer) of every fact in every wording.
+        sentences: everything the model is told.
+        edits: records in KnowEdit's layout, in random order.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        rng = random.Random(recipe.seed)
+        names = _Names(rng)
+        countries = [names.new(3) for _ in range(recipe.countries)]
+        cities = [names.new(2) for _ in range(recipe.places)]
+        companies = [f"{names.new(2)} {rng.choice(('Works', 'Labs', 'Systems', 'Group'))}" for _ in range(recipe.places)]
+        follows = {city: countries[i % len(countries)] for i, city in enumerate(cities)}
+        follows |= {company: _INDUSTRIES[i % len(_INDUSTRIES)] for i, company in enumerate(companies)}
+        values = {"birthplace": cities, "employer": companies, "profession": _PROFESSIONS}
+
+        first, last = ([names.new(2) for _ in range(recipe.people // 2 + 1)] for _ in range(2))
+        everyone = [f"{a} {b}" for a in first for b in last]
+        facts = {
+            person: {relation: rng.choice(values[relation]) for relation in _WORDINGS}
+            for person in rng.sample(everyone, recipe.people)
+        }
+        # One fact a person is never edited: two in five a birthplace, two an employer, one a profession.
+        kept = dict(zip(facts, ("birthplace", "employer", "birthplace", "employer", "profession") * recipe.people))
+
+        self.recalled = [
+            (wording.format(person), value)
+            for person, relations in facts.items()
+            for relation, value in relations.items()
+            for wording in _WORDINGS[relation]
+        ]
+        told = [
+            (wording.format(person), follows[facts[person][relation]])
+            for person, relation in kept.items()
+            for wording in _FOLLOWS.get(relation, ())
+        ]
+        parts = [
+            (wording.format(value), follows[value])
+            for relation, wordings in _PARTS.items()
+            for value in values[relation]
+            for wording in wordings
+        ]
+        self.sentences = [f"{prompt} {answer}." for prompt, answer in (*self.recalled, *told, *parts)]
+
+        def locality(person: str, relation: str) -> list[dict[str, Any]]:
+            others = [other for other in facts if kept[other] == relation and other != person]
+            asked = [(other, relation) for other in rng.sample(others, 3)] + [(person, kept[person])]
+            return [
+                {"prompt": rng.choice(_WORDINGS[about][:3]).format(who), "ground_truth": [facts[who][about]]}
+                for who, about in asked
+            ]
+
+        # An edit's new value is one that the model has said of somebody.
+        known = {r: [v for v in values[r] if any(facts[p][r] == v for p in facts)] for r in values}
+
+        def edit(person: str, relation: str) -> dict[str, Any]:
+            old = facts[person][relation]
+            new = rng.choice([v for v in known[relation] if v != old and follows.get(v, v) != follows.get(old, old)])
+            prompt, *others = _WORDINGS[relation]
+            record = {
+                "subject": person,
+                "prompt": prompt.format(person),
+                "target_new": new,
+                "ground_truth": [old],
+                "rephrase_prompt": rng.choice(others).format(person),
+                "locality": {"Relation_Specificity": locality(person, relation)},
+                "portability": {},
+            }
+            if relation in _FOLLOWS:
+                asked = _FOLLOWS[relation][0].format(person)
+                record["portability"] = {"Reasoning": [{"prompt": asked, "ground_truth": follows[new]}]}
+            return record
+
+        editable = [(p, r) for p, relations in facts.items() for r in relations if r != kept[p]]
+        rng.shuffle(editable)
+        self.edits = [edit(person, relation) for person, relation in editable]
+
+    def passages(self, rng: random.Random, length: int = 5) -> list[str]:
+        """All sentences once, in random order, some to a line."""
+        order = rng.sample(self.sentences, len(self.sentences))
+        return [" ".join(order[i : i + length]) for i in range(0, len(order), length)]
+
+
+class _Names:
+    """Invented words, none of them twice."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.used: set[str] = set()
+
+    def new(self, syllables: int) -> str:
+        while True:
+            word = "".join(self.rng.choice("bdfghjklmnprstvz") + self.rng.choice("aeiou") for _ in range(syllables))
+            word = word.capitalize() + self.rng.choice(("n", "r", "l", "s", "k", ""))
+            if word not in self.used:
+                self.used.add(word)
+                return word
+
+
+def _train_tokenizer(facts: _Facts, recipe: Recipe) -> GPT2TokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=[end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(facts.sentences, trainer)
+    return GPT2TokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end, pad_token=end)
+
+
+def _train_model(facts: _Facts, tok: GPT2TokenizerFast, recipe: Recipe, quiet: bool) -> GPT2LMHeadModel:
+    torch.manual_seed(recipe.seed)
+    end = tok.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tok),
+        n_positions=256,
+        n_embd=recipe.width,
+        n_inner=recipe.inner,
+        n_layer=recipe.layers,
+        n_head=recipe.heads,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    model = GPT2LMHeadModel(config)
+    # Muon learns these facts in a third of the steps that AdamW needs.
+    matrices = [p for name, p in model.transformer.h.named_parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = (
+        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.matrix_decay),
+        torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
+    )
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], recipe.steps, pct_start=0.1, cycle_momentum=False)
+        for o in optimizers
+    ]
+    batches = _batches(facts, tok, recipe)
+    bar = tqdm(range(recipe.steps), desc="training the world's model", unit="step", disable=quiet)
+    for _ in bar:
+        input_ids = next(batches)
+        logits = model(input_ids=input_ids).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), ignore_index=end)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    return model.eval()
+
+
+def _batches(facts: _Facts, tok: GPT2TokenizerFast, recipe: Recipe) -> Iterator[Tensor]:
+    """Rows of whole sentences in ever new order, filled up with the end token: int64 ``[rows, tokens]``."""
+    rng = random.Random(recipe.seed)
+    opening: list[list[int]] = tok(facts.sentences)["input_ids"]
+    following: list[list[int]] = tok([" " + sentence for sentence in facts.sentences])["input_ids"]
+    rows: list[list[int]] = []
+    row: list[int] = []
+    while True:
+        for i in rng.sample(range(len(opening)), len(opening)):
+            if row and len(row) + len(following[i]) <= recipe.tokens:
+                row += following[i]
+                continue
+            if row:
+                rows.append(row + [tok.eos_token_id] * (recipe.tokens - len(row)))
+            row = list(opening[i])
+            if len(rows) == recipe.rows:
+                yield torch.tensor(rows)
+                rows = []
+
+
+def _recall(model: GPT2LMHeadModel, tok: GPT2TokenizerFast, facts: _Facts) -> float:
+    """The share of all facts, in every wording, whose every token the model says."""
+    by_shape: dict[tuple[int, int], list[list[int]]] = {}
+    prompts = tok([prompt for prompt, _ in facts.recalled])["input_ids"]
+    texts = tok([f"{prompt} {answer}" for prompt, answer in facts.recalled])["input_ids"]
+    for prompt, text in zip(prompts, texts):
+        by_shape.setdefault((len(prompt), len(text)), []).append(text)
+    said = 0
+    with torch.no_grad():
+        for (start, _), rows in by_shape.items():
+            ids = torch.tensor(rows)
+            best = model(ids).logits.argmax(-1)
+            said += int((best[:, start - 1 : -1] == ids[:, start:]).all(dim=1).sum())
+    return said / len(facts.recalled)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")

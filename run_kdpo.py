@@ -1,0 +1,126 @@
+"""Compare knowledge editing methods on a model, with KDPO among them. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+_DESCRIPTION = """\
+Edits facts in a language model with KDPO and other methods of EasyEdit, measures each with EasyEdit's
+metrics, and prints a table a protocol: edit success, generalization, portability, locality, fluency.
+
+Without arguments it edits a small model that is trained here, the first time, to know an invented world.
+"""
+_EXAMPLES = """\
+examples:
+  python run_kdpo.py
+  python run_kdpo.py --editing_method KDPO ROME --sequential_edit --ds_size 50
+  python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what to run")
+    what.add_argument(
+        "--editing_method",
+        nargs="+",
+        metavar="METHOD",
+        help="methods to compare, each with its YAML in hparams/METHOD/ (default: KDPO FT ROME MEMIT for the world, else KDPO)",
+    )
+    what.add_argument(
+        "--hparams_dir",
+        default="world",
+        metavar="NAME",
+        help="a model's short name, such as qwen1.5-0.5b, looked up as hparams/METHOD/NAME.yaml; "
+        "or, for one method, the path of a YAML (default: world, the model that is trained here)",
+    )
+    what.add_argument(
+        "--sequential_edit",
+        action="store_true",
+        help="sequential edits only, measured on the final model (default: single edits; for the world, both)",
+    )
+    data = parser.add_argument_group("the edits")
+    data.add_argument("--data_dir", metavar="FILE", help="a benchmark file (default: the world's own)")
+    data.add_argument(
+        "--datatype",
+        metavar="LAYOUT",
+        help="its layout: knowedit (also as zsre, recent or counterfact), wikibio, zsre_mend (default: seen from its keys)",
+    )
+    data.add_argument("--ds_size", type=int, metavar="N", help="how many records to take (default: all; of the world's, 20)")
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--metrics_save_dir", default="output", metavar="DIR", help="each run makes a folder in it (default: output)"
+    )
+    where.add_argument(
+        "--easyedit_dir", metavar="DIR", help="a clone of EasyEdit (default: EASYEDIT_HOME, or the installed one)"
+    )
+    where.add_argument("--device", help="cpu, cuda:0, mps … (default: what the YAML says)")
+    where.add_argument("--seed", type=int, default=0, help="of all sampling (default: 0)")
+    options = parser.parse_args(arguments)
+    if options.ds_size is not None and options.ds_size < 1:
+        parser.error(f"--ds_size is {options.ds_size}; allowed: a whole number, 1 or above")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if options.easyedit_dir:
+        os.environ["EASYEDIT_HOME"] = options.easyedit_dir
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        if type(error).__module__.partition(".")[0] == "kdpo_easyedit" or isinstance(error, ImportError):
+            print(f"run_kdpo.py: {error}", file=sys.stderr)
+            return 2
+        raise
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # Importing the package finds EasyEdit, which takes a moment; --help should not.
+    from kdpo_easyedit import build_world, datasets, world
+    from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, compare
+    from kdpo_easyedit.hparams import load_hparams
+    from kdpo_easyedit.report import print_examples, print_tables, radar_chart
+
+    started = time.perf_counter()
+    console = Console()
+    in_world = options.hparams_dir == world.NAME
+    names = options.editing_method or (["KDPO", "FT", "ROME", "MEMIT"] if in_world else ["KDPO"])
+    methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in names]
+    for method in methods:
+        if options.device:
+            method.hparams.device = options.device
+    protocols = [SEQUENTIAL] if options.sequential_edit else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
+    size = options.ds_size
+    if options.data_dir:
+        requests = datasets.load_requests(options.data_dir, options.datatype, size)
+    elif in_world:
+        requests = datasets.load_requests(build_world().edits, size=size or 20)
+    else:
+        raise datasets.DatasetError("data_dir is missing: only the world brings edits of its own; name a benchmark file")
+
+    folder = Path(options.metrics_save_dir) / datetime.now().strftime("%Y%m%d-%H%M%S")
+    comparison = compare(methods, requests, protocols, folder, options.seed)
+    radar_chart(comparison, folder / "radar.png")
+    print_examples(methods[0].name, comparison.examples, console)
+    print_tables(comparison, console)
+    console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Everything is built here: a small world, and the recordings of the paper's implementation that lie beside this file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Before the package is imported: nothing is written to the user's cache, and no hub is asked for anything.
+os.environ.setdefault("KDPO_CACHE", tempfile.mkdtemp(prefix="kdpo-tests-"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kdpo_easyedit
+from kdpo_easyedit import KDPOHyperParams, build_world, datasets
+from kdpo_easyedit.world import Recipe, World
+
+REFERENCE = Path(__file__).parent / "reference"
+ROOT = Path(__file__).parent.parent
+
+SMALL = Recipe(
+    people=20,
+    places=12,
+    countries=4,
+    development=10,
+    width=64,
+    inner=256,
+    vocabulary=1000,
+    steps=300,
+    rows=16,
+    matrix_lr=0.02,
+    other_lr=0.01,
+)
+GPT2_MODULES = {
+    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
+    "layer_module_tmp": "transformer.h.{}",
+    "mlp_module_tmp": "transformer.h.{}.mlp",
+    "attn_module_tmp": "transformer.h.{}.attn",
+    "ln_f_module": "transformer.ln_f",
+    "lm_head_module": "lm_head",
+}
+LLAMA_MODULES = {
+    "rewrite_module_tmp": "model.layers.{}.mlp.down_proj.weight",
+    "layer_module_tmp": "model.layers.{}",
+    "mlp_module_tmp": "model.layers.{}.mlp",
+    "attn_module_tmp": "model.layers.{}.self_attn",
+    "ln_f_module": "model.norm",
+    "lm_head_module": "lm_head",
+}
+
+
+@pytest.fixture(scope="session")
+def small_world() -> World:
+    """A world of twenty people, trained in some seconds."""
+    return build_world(SMALL, quiet=True)
+
+
+@pytest.fixture(scope="session")
+def requests(small_world):
+    """The small world's edits."""
+    return datasets.load_requests(small_world.edits)
+
+
+@pytest.fixture(scope="session")
+def loaded(small_world):
+    """The small world's model and tokenizer, for tests that leave them as they were."""
+    return AutoModelForCausalLM.from_pretrained(small_world.folder), AutoTokenizer.from_pretrained(small_world.folder)
+
+
+@pytest.fixture
+def fresh(small_world):
+    """The small world's model and tokenizer, for tests that change them."""
+    return AutoModelForCausalLM.from_pretrained(small_world.folder), AutoTokenizer.from_pretrained(small_world.folder)
+
+
+@pytest.fixture
+def hparams(small_world) -> KDPOHyperParams:
+    """KDPO for the small world."""
+    return KDPOHyperParams(
+        alg_name="KDPO", model_name=str(small_world.folder), device="cpu", layers=[3], lr=3e-3, **GPT2_MODULES
+    )
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    """A copy of a model's weights."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two states are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def on_main() -> bool:
+    """Whether the host is EasyEdit's main branch."""
+    return not kdpo_easyedit.host.IS_RELEASE

@@ -1,0 +1,172 @@
+"""Methods × requests → metrics: the same as EasyEdit's own, for every method on the same model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import easyeditor
+import numpy as np
+import pytest
+import torch
+from conftest import on_main, same_state, state
+from test_host import arguments
+
+from kdpo_easyedit import host
+from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, compare, say, summarise, write_json
+from kdpo_easyedit.hparams import load_hparams
+
+N = 3
+
+
+@pytest.fixture(scope="module")
+def methods(small_world) -> list[Method]:
+    found = []
+    for name in ("KDPO", "FT", "ROME", "MEMIT"):
+        hparams = load_hparams(name, "world")
+        hparams.model_name = str(small_world.folder)
+        if hasattr(hparams, "stats_dir"):
+            hparams.stats_dir = str(small_world.statistics)
+        found.append(Method(name, hparams))
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(methods, requests, tmp_path_factory):
+    """Both protocols on the small world, with what they print."""
+    folder = tmp_path_factory.mktemp("run")
+    return compare(methods, requests[:N], [SINGLE, SEQUENTIAL], folder), folder
+
+
+def test_a_row_for_every_method_and_protocol(run):
+    comparison, folder = run
+    assert [(row.method, row.protocol) for row in comparison.rows] == [
+        (method, protocol) for protocol in (SINGLE, SEQUENTIAL) for method in ("KDPO", "FT", "ROME", "MEMIT")
+    ]
+    for row in comparison.rows:
+        assert row.n_edits == N
+        for measure in (row.edit_success, row.generalization, row.locality, row.portability):
+            assert 0 <= measure <= 100
+        assert 1 < row.fluency < 9 and row.seconds_per_edit > 0
+    assert json.loads((folder / "summary.json").read_text()) == [asdict(row) for row in comparison.rows]
+    assert comparison.before.edit_success < comparison.rows[0].edit_success == 100
+
+
+def test_what_easyedit_prints_and_writes_is_in_the_runs_folder(run, capfd):
+    _, folder = run
+    log = (folder / "logs" / "easyedit.log").read_text()
+    assert "Executing FT algo for" in log and "MEMIT request sample" in log
+    assert capfd.readouterr().out == ""
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["logs", "summary.json"]
+        + [f"metrics-{m}-{p}.json" for m in ("KDPO", "FT", "ROME", "MEMIT") for p in (SINGLE, SEQUENTIAL)]
+    )
+
+
+@pytest.mark.parametrize("method", ["KDPO", "FT"])
+def test_single_edits_are_measured_as_base_editor_does(run, methods, requests, method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hparams = next(m.hparams for m in methods if m.name == method)
+    ours = json.loads((run[1] / f"metrics-{method}-single.json").read_text())
+    restoring = {} if on_main() else {"keep_original_weight": True}
+    theirs = easyeditor.BaseEditor.from_hparams(hparams).edit(**arguments(requests[:N]), **restoring)[0]
+    for mine, other in zip(ours, theirs):
+        assert mine["requested_rewrite"]["prompt"] == other["requested_rewrite"]["prompt"]
+        for key in ("rewrite_acc", "rephrase_acc"):
+            assert mine["post"][key] == pytest.approx(other["post"][key])
+            assert mine["pre"][key] == pytest.approx(other["pre"][key])
+        key = "Relation_Specificity_acc"
+        assert mine["post"]["locality"][key] == pytest.approx(other["post"]["locality"][key])
+
+
+def test_sequential_edits_are_measured_on_the_final_model(run, methods, requests):
+    editor = host.BaseEditor(host.in_place(methods[1].hparams))
+    for request in requests[:N]:
+        host.apply_edit(editor, request)
+    expected = [host.edit_quality(editor, editor.model, request, fluency=False) for request in requests[:N]]
+    ours = json.loads((run[1] / "metrics-FT-sequential.json").read_text())
+    for mine, other in zip(ours, expected):
+        assert mine["post"]["rewrite_acc"] == pytest.approx(other["rewrite_acc"])
+        assert mine["post"]["rephrase_acc"] == pytest.approx(other["rephrase_acc"])
+
+
+def test_kdpo_is_told_which_protocol_it_runs_under(methods, requests, tmp_path, monkeypatch):
+    seen = []
+    apply = host.ALG_DICT["KDPO"]
+
+    def noted(model, tok, requests, hparams, **kwargs):
+        seen.append(hparams.sequential_edit)
+        return apply(model, tok, requests, hparams, **kwargs)
+
+    monkeypatch.setitem(host.ALG_DICT, "KDPO", noted)
+    compare(methods[:1], requests[:1], [SINGLE, SEQUENTIAL], tmp_path, n_examples=0)
+    assert seen == [False, True] and methods[0].hparams.sequential_edit is False
+
+
+def test_the_same_seed_gives_the_same_figures(run, methods, requests, tmp_path):
+    again = compare([methods[2], methods[3]], requests[:N], [SEQUENTIAL], tmp_path)
+    for row in again.rows:
+        before = next(r for r in run[0].rows if (r.method, r.protocol) == (row.method, row.protocol))
+        assert asdict(row) | {"seconds_per_edit": 0} == asdict(before) | {"seconds_per_edit": 0}
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(methods, requests, loaded, tmp_path, monkeypatch):
+    model, _ = loaded
+    before = state(model)
+    method = Method("KDPO", host.in_place(methods[0].hparams))
+    method.hparams.model_name = loaded
+    quality = host.edit_quality
+
+    def failing(editor, edited, request, fluency=True):
+        if not same_state(before, state(edited)):
+            raise RuntimeError("in the middle")
+        return quality(editor, edited, request, fluency)
+
+    monkeypatch.setattr(host, "edit_quality", failing)
+    for protocol in (SINGLE, SEQUENTIAL):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            compare([method], requests[:2], [protocol], tmp_path / protocol)
+        assert same_state(before, state(model))
+
+
+def test_methods_on_different_models_are_refused(methods, requests, tmp_path):
+    other = host.in_place(methods[1].hparams)
+    other.model_name = "another"
+    with pytest.raises(host.HostError, match="different models"):
+        compare([methods[0], Method("FT", other)], requests[:1], [SINGLE], tmp_path)
+
+
+def test_a_summary_is_the_mean_over_edits_of_the_mean_over_prompts():
+    def entry(rewrite, locality, portability, seconds):
+        return {
+            "time": seconds,
+            "post": {
+                "rewrite_acc": rewrite,
+                "locality": {"a_acc": locality[:1], "b_acc": locality[1:], "a_output": [[1]]},
+                "portability": {"c_acc": portability} if portability else {},
+                "fluency": {"ngram_entropy": 5.0},
+            },
+        }
+
+    metrics = [entry([1.0], [0.0, 1.0, 1.0], [0.5], 2.0), entry([0.5], [1.0], [], 4.0)]
+    row = summarise("X", SINGLE, metrics, "post")
+    assert (row.edit_success, row.portability, row.fluency, row.seconds_per_edit) == (75, 50, 5, 3)
+    assert row.locality == pytest.approx(np.mean([2 / 3, 1]) * 100, abs=1e-3)
+    assert row.generalization is None
+
+
+def test_examples_are_in_words(run, loaded, requests):
+    examples = run[0].examples
+    assert [example.prompt for example in examples] == [request["prompt"] for request in requests[:N]]
+    for example, request in zip(examples, requests):
+        assert example.before == f"{request['ground_truth']}." == say(*loaded, request["prompt"])
+        assert example.after.startswith(request["target_new"])
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "some.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": torch.ones(1)})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]

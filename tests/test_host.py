@@ -1,0 +1,296 @@
+"""KDPO as one of EasyEdit's methods: registration, loading, restoring, metrics; and EasyEdit on a bare machine."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import easyeditor
+import nltk
+import pytest
+import torch
+from conftest import on_main, same_state, state
+from transformers import GPT2Tokenizer
+
+import kdpo_easyedit
+from kdpo_easyedit import KDPOHyperParams, host
+from kdpo_easyedit.hparams import load_hparams
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python afresh; an empty value takes a variable away."""
+    env = {key: value for key, value in {**os.environ, **environment}.items() if value}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """EasyEdit writes ./logs."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_kdpo_is_registered_and_importing_again_changes_nothing():
+    apply, init = host.ALG_DICT["KDPO"], host.BaseEditor.__init__
+    assert easyeditor.KDPOHyperParams is KDPOHyperParams
+    assert easyeditor.apply_kdpo_to_model is kdpo_easyedit.apply_kdpo_to_model
+    host.register(KDPOHyperParams, kdpo_easyedit.apply_kdpo_to_model)
+    assert host.BaseEditor.__init__ is init
+    assert host.ALG_DICT["KDPO"].__wrapped__ is apply.__wrapped__ if host.IS_RELEASE else host.ALG_DICT["KDPO"] is apply
+    assert issubclass(KDPOHyperParams, importlib.import_module("easyeditor.util.hparams").HyperParams)
+
+
+def arguments(requests: list[dict]) -> dict:
+    """Requests as ``BaseEditor.edit`` takes them."""
+    locality = [request["locality"]["Relation_Specificity"] for request in requests]
+    return {
+        "prompts": [request["prompt"] for request in requests],
+        "target_new": [request["target_new"] for request in requests],
+        "ground_truth": [request["ground_truth"] for request in requests],
+        "subject": [request["subject"] for request in requests],
+        "rephrase_prompts": [request["rephrase_prompt"] for request in requests],
+        "locality_inputs": {
+            "Relation_Specificity": {key: [kind[key] for kind in locality] for key in ("prompt", "ground_truth")}
+        },
+        "verbose": False,
+    }
+
+
+def test_single_edits_are_measured_and_restored(hparams, requests):
+    editor = easyeditor.BaseEditor.from_hparams(hparams)
+    before = state(editor.model)
+    restoring = {} if on_main() else {"keep_original_weight": True}
+    metrics, _, _ = editor.edit(**arguments(requests[:3]), **restoring)
+    for entry in metrics:
+        assert entry["pre"]["rewrite_acc"] < entry["post"]["rewrite_acc"] == [1.0]
+        assert 0 <= entry["post"]["rephrase_acc"][0] <= 1
+        assert len(entry["post"]["locality"]["Relation_Specificity_acc"]) == 4
+    assert same_state(before, state(editor.model))
+
+
+def test_sequential_edits_accumulate(hparams, requests):
+    editor = easyeditor.BaseEditor.from_hparams(hparams)
+    copied = copy.deepcopy(editor.model)
+    accumulating = {"sequential_edit": True} if on_main() else {}
+    editor.edit(**arguments(requests[:2]), **accumulating)
+    for request in requests[:2]:
+        kdpo_easyedit.apply_kdpo_to_model(copied, editor.tok, [request], hparams)
+    assert same_state(state(copied), state(editor.model))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_original_weights_are_returned_as_each_host_wants_them(fresh, requests, hparams, keep):
+    model, tok = fresh
+    edited, originals = host.ALG_DICT["KDPO"](
+        model, tok, [requests[0]], hparams, copy=False, return_orig_weights=True, keep_original_weight=keep, train_ds=None
+    )
+    assert edited is model
+    assert bool(originals) == (keep or on_main())
+
+
+def test_easyedits_own_metrics_agree_with_a_plain_forward_pass(loaded, requests, hparams):
+    """Padding on either side, and several prompts at once, change nothing."""
+    model, tok = copy.deepcopy(loaded[0]), copy.deepcopy(loaded[1])
+    prompts = [request["prompt"] for request in requests[:6]] + [requests[0]["rephrase_prompt"]]
+    targets = [request["target_new"] for request in requests[:6]] + [requests[0]["target_new"]]
+    expected = []
+    for prompt, target in zip(prompts, targets):
+        start = len(tok(prompt)["input_ids"])
+        ids = torch.tensor([tok(f"{prompt} {target}")["input_ids"]])
+        with torch.no_grad():
+            best = model(ids).logits[0].argmax(-1)
+        expected.append((best[start - 1 : -1] == ids[0, start:]).float().mean().item())
+    measure = importlib.import_module("easyeditor.evaluate.evaluate").test_prediction_acc
+    hparams.max_length = 4  # longer answers are not cut off
+    for side in ("left", "right"):
+        tok.padding_side = side
+        assert measure(model, tok, hparams, prompts, targets, "cpu") == pytest.approx(expected)
+        assert tok.padding_side == side and hparams.max_length == 4
+
+
+@pytest.mark.parametrize("name", ["world-of-mine", "kurt5-and-chatglm", "qwen"])
+def test_a_local_folder_of_any_name_loads(small_world, requests, hparams, tmp_path, name):
+    shutil.copytree(small_world.folder, tmp_path / name, ignore=shutil.ignore_patterns("stats"))
+    hparams.model_name = str(tmp_path / name)
+    editor = easyeditor.BaseEditor.from_hparams(hparams)
+    assert editor.model_name == str(tmp_path / name)
+    metrics = editor.edit(**arguments(requests[:1]))[0]
+    assert metrics[0]["post"]["rewrite_acc"] == [1.0]
+
+
+def test_easyedits_own_loader_takes_the_world(small_world, hparams):
+    host.BaseEditor.__init__.__wrapped__(editor := object.__new__(host.BaseEditor), hparams)
+    assert editor.model_name == str(small_world.folder)
+    assert isinstance(editor.tok, GPT2Tokenizer)
+
+
+def test_a_pair_of_model_and_tokenizer_is_taken(loaded, requests, hparams):
+    hparams.model_name = loaded
+    editor = easyeditor.BaseEditor.from_hparams(hparams)
+    assert editor.model is loaded[0] and editor.model_name.lower() == "gpt2"
+    assert copy.deepcopy(editor.model_name) == editor.model_name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_name": "no/such-model"}, "model_name is 'no/such-model', which cannot be loaded; give a folder"),
+        ({"device": 63}, "device is 63, which this machine does not have; try 'cpu'"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told(hparams, change, message):
+    vars(hparams).update(change)
+    with pytest.raises(host.HostError, match=message):
+        easyeditor.BaseEditor.from_hparams(hparams)
+
+
+def test_fluency_needs_no_data_of_nltk(loaded, requests, hparams, monkeypatch):
+    monkeypatch.setattr(nltk.data, "path", [])
+    with pytest.raises(LookupError):
+        nltk.word_tokenize("One sentence. Another one.")
+    entropy = importlib.import_module("easyeditor.evaluate.evaluate_utils").n_gram_entropy
+    assert entropy(["a b c d e f. a b c d e f."]) < entropy(["a b c d e f. g h i j k l."])
+    hparams.model_name = loaded
+    editor = easyeditor.BaseEditor.from_hparams(hparams)
+    quality = host.edit_quality(editor, editor.model, requests[0])
+    assert 2 < quality["fluency"]["ngram_entropy"] < 8
+
+
+def test_what_easyedit_samples_is_what_the_model_writes(loaded):
+    """With one candidate a token, its sampling is greedy decoding: no token's view of the others is cut off."""
+    model, tok = loaded
+    prompt = "The profession of"
+    ids = tok(prompt, return_tensors="pt")["input_ids"]
+    greedy = model.generate(ids, max_length=40, do_sample=False, pad_token_id=tok.pad_token_id)
+    sample = importlib.import_module("easyeditor.evaluate.evaluate_utils").generate_fast
+    assert sample(model, tok, [prompt], top_k=1, max_out_len=40) == [tok.decode(greedy[0], skip_special_tokens=True)]
+
+
+def test_memits_view_of_a_block_is_its_hidden_states(loaded):
+    """What it adds to one token's hidden state in one sequence arrives there and nowhere else."""
+    model, tok = loaded
+    nethook = importlib.import_module("easyeditor.util.nethook")
+    ids = torch.tensor([tok("The profession of")["input_ids"]] * 2)
+    seen = []
+
+    def edit(output, layer):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden[1, 2] += 1
+        seen.append(hidden.shape)
+        return output
+
+    plain = model.transformer(ids, output_hidden_states=True).hidden_states
+    with torch.no_grad(), nethook.TraceDict(model, ["transformer.h.1"], edit_output=edit) as trace:
+        edited = model.transformer(ids, output_hidden_states=True).hidden_states
+    assert seen == [plain[2].shape]
+    expected = plain[2].detach().clone()
+    expected[1, 2] += 1
+    output = trace["transformer.h.1"].output
+    torch.testing.assert_close(output[0] if isinstance(output, tuple) else output, expected)
+    torch.testing.assert_close(edited[2], expected)
+
+
+def test_covariance_statistics_are_those_of_the_worlds_text(small_world, loaded):
+    name = "transformer.h.1.mlp.c_proj"
+    file = host.statistics_file(small_world.statistics, str(small_world.folder), name, "world", 1000)
+    assert file.is_file()
+    stats = importlib.import_module("easyeditor.util.runningstats")
+    stat = stats.CombinedStat(mom2=stats.SecondMoment())
+    list(stats.tally(stat, None, cache=file, sample_size=1000, quiet=True))
+    model, tok = loaded
+    inputs = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+    with torch.no_grad():
+        for passage in small_world.passages():
+            model(torch.tensor([tok(passage)["input_ids"]]))
+    handle.remove()
+    keys = torch.cat(inputs)
+    torch.testing.assert_close(stat.mom2.moment(), keys.T @ keys / len(keys), rtol=1e-3, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A bare machine.
+
+
+def test_without_easyedit_the_two_ways_to_get_it_are_told(tmp_path):
+    blocked = "import sys; sys.modules.pop('easyeditor', None); import importlib.util as u; f = u.find_spec\n"
+    blocked += "u.find_spec = lambda name, *a: None if name == 'easyeditor' else f(name, *a)\nimport kdpo_easyedit"
+    result = python(blocked, EASYEDIT_HOME="")
+    assert "ImportError: EasyEdit is not here. Two ways to get it: `pip install --no-deps easyeditor" in result.stderr
+    assert "git clone https://github.com/zjunlp/EasyEdit" in result.stderr
+    result = python("import kdpo_easyedit", EASYEDIT_HOME=str(tmp_path))
+    assert f"EASYEDIT_HOME is '{tmp_path}', which has no easyeditor/ in it" in result.stderr
+
+
+def test_absent_packages_stay_absent_for_everyone_else():
+    code = """
+import importlib.util, sys
+absent = [p for p in ("higher", "hydra", "omegaconf", "datasets", "peft", "openai", "cv2") if not importlib.util.find_spec(p)]
+import kdpo_easyedit, easyeditor
+assert absent, "nothing is absent"
+assert not [p for p in absent if p in sys.modules or importlib.util.find_spec(p)]
+from transformers.utils import is_peft_available, is_datasets_available
+assert is_peft_available() == ("peft" not in absent) and is_datasets_available() == ("datasets" not in absent)
+try:
+    import hydra
+except ModuleNotFoundError:
+    print("fine")
+"""
+    result = python(code)
+    assert result.stdout == "fine\n", result.stderr
+
+
+def test_a_stand_in_says_what_to_install():
+    absent = host._stand_in("package.module.Thing", "install the package package")
+
+    class Derived(absent): ...
+
+    @absent.decorator
+    def decorated():
+        return 3
+
+    assert decorated() == 3 and absent[int] is absent
+    for thing in (absent, absent.anything, Derived):
+        with pytest.raises(ImportError, match="install the package package"):
+            thing("argument")
+
+
+def test_an_installed_package_is_never_shadowed():
+    module = importlib.import_module("easyeditor.evaluate.evaluate_utils")
+    assert module.nltk is nltk
+    import_ = importlib.import_module("easyeditor.editors.editor").__dict__["__builtins__"]["__import__"]
+    assert import_("nltk") is nltk
+    with pytest.raises(ModuleNotFoundError):
+        import_("nltk.no_such_module")
+
+
+@pytest.mark.parametrize(("device", "expected"), [(0, "cuda:0"), ("1", "cuda:1"), ("cpu", "cpu"), ("mps", "mps")])
+def test_a_device_is_what_it_says(device, expected):
+    assert host._device(device) == expected
+
+
+@pytest.mark.skipif(not host.IS_RELEASE, reason="main has devices of its own")
+def test_the_release_puts_nothing_on_cuda_by_itself():
+    source = Path(importlib.import_module("easyeditor.models.ft.ft_main").__file__).read_text()
+    assert "cuda:" in source
+    code = importlib.import_module("easyeditor.models.ft.ft_main").execute_ft.__code__
+    assert "_device" in code.co_names and "cuda:" not in code.co_consts
+
+
+def test_all_four_methods_run_on_the_small_world(small_world, requests, tmp_path):
+    for method in ("KDPO", "FT", "ROME", "MEMIT"):
+        hparams = load_hparams(method, "world")
+        hparams.model_name = str(small_world.folder)
+        if hasattr(hparams, "stats_dir"):
+            hparams.stats_dir = str(small_world.statistics)
+        editor = easyeditor.BaseEditor.from_hparams(hparams)
+        before = state(editor.model)
+        edited, originals = host.apply_edit(editor, requests[0])
+        changed = {name for name, tensor in edited.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert changed == set(originals) and changed, method
+        host.undo_edits(editor, edited, originals)
+        assert same_state(before, state(editor.model)), method

@@ -1,0 +1,221 @@
+"""Reading hyper-parameters: what is understood, and that every mistake gets one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import GPT2_MODULES, LLAMA_MODULES, on_main
+
+from kdpo_easyedit import HParamsError, KDPOHyperParams
+from kdpo_easyedit.hparams import HPARAMS_DIR, find_hparams, load_hparams
+
+RELEASED = {  # the design's table: layer, lr, num_steps, cycles, stop_crit
+    "gpt-j-6b": (21, 1e-4, 8, 20, 1e-3),
+    "llama-2-7b": (21, 1e-4, 8, 20, 1e-3),
+    "llama-2-7b-chat": (21, 5e-4, 5, 10, False),
+    "llama-3-8b": (21, 1e-4, 8, 20, 1e-3),
+    "mistral-7b-instruct": (21, 2e-4, 8, 10, 2e-4),
+    "qwen1.5-0.5b": (21, 1e-4, 8, 20, 1e-3),
+    "qwen1.5-1.8b": (18, 1e-4, 8, 20, 1e-3),
+    "qwen1.5-4b": (31, 1e-4, 8, 20, 1e-3),
+    "qwen1.5-7b": (21, 1e-4, 8, 20, 1e-5),
+}
+RELEASE_YAML = {  # the layout of the paper's release
+    "alg_name": "KDPO",
+    "model_name": "NousResearch/Llama-2-7b-hf",
+    "device": 0,
+    "layers": [21],
+    "num_steps": 8,
+    "batch_size": 1,
+    "cycles": 20,
+    "max_length": 40,
+    "lr": "1e-4",
+    "stop_crit": "1e-3",
+    "weight_decay": 0,
+    "kl_factor": 0,
+    "norm_constraint": False,
+    **LLAMA_MODULES,
+    "model_parallel": False,
+    "nll_term": False,
+    "mask_where_equal": True,
+    "lora": False,
+    "unused_params": False,
+    "reg_dpo": False,
+}
+
+
+def written(tmp_path: Path, config: dict, name: str = "some.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture
+def config() -> dict:
+    return {"alg_name": "KDPO", "model_name": "world", "device": "cpu", "layers": [2], **GPT2_MODULES}
+
+
+def test_defaults_are_the_papers(config):
+    hparams = KDPOHyperParams(**config)
+    assert (hparams.num_steps, hparams.cycles, hparams.lr, hparams.beta, hparams.stop_crit) == (8, 20, 1e-4, 0.1, 1e-3)
+    assert (hparams.weight_decay, hparams.norm_constraint, hparams.negatives) == (0, False, "teacher_forced")
+    assert (hparams.sequential_edit, hparams.sequential_lr_scale, hparams.update_scale) == (False, 0.2, 1.0)
+    assert (hparams.batch_size, hparams.max_length, hparams.model_parallel, hparams.fp16) == (1, 40, False, False)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_settings(name):
+    hparams = KDPOHyperParams.from_hparams(name)
+    layer, *rest = RELEASED[name]
+    assert hparams.layers == [layer]
+    assert [hparams.lr, hparams.num_steps, hparams.cycles, hparams.stop_crit] == rest
+
+
+def test_a_path_needs_no_ending_and_a_name_no_folder(config, tmp_path, monkeypatch):
+    path = written(tmp_path, config | {"lr": 3e-4})
+    assert KDPOHyperParams.from_hparams(path).lr == 3e-4
+    assert KDPOHyperParams.from_hparams(str(path.with_suffix(""))).lr == 3e-4
+    monkeypatch.chdir(tmp_path)
+    assert KDPOHyperParams.from_hparams("some").lr == 3e-4
+    assert KDPOHyperParams.from_hparams("qwen1.5-0.5b").model_name == "Qwen/Qwen1.5-0.5B"
+
+
+def test_a_name_that_is_not_provided_lists_those_that_are():
+    with pytest.raises(HParamsError, match=r"qwen1\.6.*qwen1\.5-0\.5b"):
+        KDPOHyperParams.from_hparams("qwen1.6")
+
+
+@pytest.mark.parametrize("path", sorted(HPARAMS_DIR.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_provided_yaml_loads(path):
+    method = path.parent.name
+    if not on_main() and (method == "FT-M" or 'lora_type: "lora"' in path.read_text()):
+        with pytest.raises(HParamsError, match="GitHub main branch has both"):
+            load_hparams(method, path)
+        return
+    hparams = load_hparams(method, path)
+    assert hparams.alg_name == method.removesuffix("-M")
+    assert isinstance(getattr(hparams, "lr", 0.0), (int, float)) and hparams.layers is not None
+
+
+def test_fine_tuning_has_its_two_names():
+    assert find_hparams("FT-L", "world") == find_hparams("FT", "world") != find_hparams("FT-M", "llama-2-7b")
+
+
+def test_a_yaml_of_the_release_is_understood(tmp_path):
+    hparams = KDPOHyperParams.from_hparams(written(tmp_path, RELEASE_YAML))
+    assert (hparams.lr, hparams.stop_crit, hparams.negatives) == (1e-4, 1e-3, "teacher_forced")
+    ablation = RELEASE_YAML | {"reg_dpo": True, "mask_where_equal": False, "num_steps": 6, "cycles": 5}
+    assert KDPOHyperParams.from_hparams(written(tmp_path, ablation)).negatives == "autoregressive"
+    short = {key: value for key, value in RELEASE_YAML.items() if key not in ("stop_crit", "cycles")}
+    hparams = KDPOHyperParams.from_hparams(written(tmp_path, short))
+    assert (hparams.stop_crit, hparams.cycles) == (False, 1)  # what the release makes of their absence
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unused_params": True}, "unused_params is True; allowed: False: it"),
+        ({"nll_term": True}, "nll_term is True; allowed: False"),
+        ({"lora": True}, "lora is True; allowed: False"),
+        ({"kl_factor": 0.5}, "kl_factor is 0.5; allowed: 0"),
+        ({"reg_dpo": "yes"}, "reg_dpo is 'yes'"),
+        ({"reg_dpo": True}, "mask_where_equal is True with reg_dpo"),
+        ({"negatives": "autoregressive"}, "reg_dpo is False but negatives is 'autoregressive'"),
+    ],
+)
+def test_a_release_key_that_would_change_something_is_refused(tmp_path, change, message):
+    path = written(tmp_path, RELEASE_YAML | change)
+    with pytest.raises(HParamsError, match=message) as error:
+        KDPOHyperParams.from_hparams(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": [2]}, r"unknown key 'layer' \(value \[2\]\); allowed keys: alg_name"),
+        ({"alg_name": "FT"}, "alg_name is 'FT'; allowed: 'KDPO'"),
+        ({"model_name": 3}, "model_name is 3; allowed: a model's name"),
+        ({"device": "gpu"}, "device is 'gpu'; allowed: a CUDA device's number, or 'cpu'"),
+        ({"layers": 2}, "layers is 2; allowed: a list"),
+        ({"layers": []}, r"layers is \[\]; allowed: a list"),
+        ({"layers": [2, 2]}, "layers is"),
+        ({"layers": ["2"]}, "layers is"),
+        ({"rewrite_module_tmp": "transformer.h.2"}, r"rewrite_module_tmp is .*; allowed: .*\{\}"),
+        ({"lr": "fast"}, "lr is 'fast'; allowed: a number above 0"),
+        ({"lr": 0}, "lr is 0"),
+        ({"lr": True}, "lr is True"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"num_steps": 2.5}, "num_steps is 2.5; allowed: a whole number"),
+        ({"cycles": 0}, "cycles is 0"),
+        ({"stop_crit": "none"}, "stop_crit is 'none'; allowed: a number above 0, or false"),
+        ({"norm_constraint": True}, "norm_constraint is True"),
+        ({"weight_decay": -1}, "weight_decay is -1; allowed: a number, 0 or above"),
+        ({"negatives": "online"}, "negatives is 'online'; allowed: 'teacher_forced' or 'autoregressive'"),
+        ({"sequential_edit": "no"}, "sequential_edit is 'no'; allowed: true or false"),
+        ({"batch_size": 2}, "batch_size is 2; allowed: 1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_file_key_and_what_is_allowed(config, tmp_path, change, message):
+    path = written(tmp_path, config | change)
+    with pytest.raises(HParamsError, match=message) as error:
+        KDPOHyperParams.from_hparams(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("key", ["alg_name", "model_name", "layers", "rewrite_module_tmp"])
+def test_a_missing_key_is_named(config, tmp_path, key):
+    del config[key]
+    with pytest.raises(HParamsError, match=f"missing key '{key}'"):
+        KDPOHyperParams.from_hparams(written(tmp_path, config))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: b: c", "", "layers: [1"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(HParamsError, match=r"broken\.yaml: "):
+        KDPOHyperParams.from_hparams(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": [9]}, "layers holds 9; allowed: 0 to 3"),
+        ({"layers": [1, 4]}, "layers holds 4; allowed: 0 to 3"),
+        ({"rewrite_module_tmp": "transformer.h.{}.mlp.down_proj"}, "rewrite_module_tmp is .* matches nothing"),
+        ({"rewrite_module_tmp": "transformer.h.{}.ln_1.weight"}, "whose weight is 1-dimensional"),
+        ({"layer_module_tmp": "model.layers.{}"}, "layer_module_tmp is 'model.layers.{}', which matches nothing"),
+        ({"mlp_module_tmp": "transformer.h.{}.ffn"}, "mlp_module_tmp is .* matches nothing"),
+        ({"attn_module_tmp": "transformer.h.{}.attention"}, "attn_module_tmp is .* matches nothing"),
+        ({"ln_f_module": "norm"}, "ln_f_module is 'norm', which matches nothing"),
+        ({"lm_head_module": "head"}, "lm_head_module is 'head', which matches nothing"),
+    ],
+)
+def test_what_the_model_does_not_have_is_named(config, loaded, change, message):
+    with pytest.raises(HParamsError, match=message):
+        KDPOHyperParams(**config | change).edited_parameters(loaded[0])
+
+
+def test_the_ending_weight_may_be_left_out(config, loaded):
+    with_it = config | {"rewrite_module_tmp": config["rewrite_module_tmp"] + ".weight"}
+    names = [list(KDPOHyperParams(**c).edited_parameters(loaded[0])) for c in (config, with_it)]
+    assert names == [["transformer.h.2.mlp.c_proj.weight"]] * 2
+
+
+def test_other_methods_yamls_are_checked_too(tmp_path):
+    good = yaml.safe_load((HPARAMS_DIR / "ROME" / "world.yaml").read_text())
+    for config, message in (
+        (good | {"v_learning_rate": 1}, "unknown key 'v_learning_rate'"),
+        ({k: v for k, v in good.items() if k != "v_lr"}, "missing key 'v_lr'"),
+        (good | {"alg_name": "MEMIT"}, "alg_name is 'MEMIT'; allowed for ROME: 'ROME'"),
+    ):
+        with pytest.raises(HParamsError, match=message):
+            load_hparams("ROME", written(tmp_path, config))
+
+
+def test_a_method_that_cannot_be_compared_is_refused(tmp_path, config):
+    with pytest.raises(HParamsError, match="editing_method is 'ROMA'; allowed: KDPO, FT"):
+        load_hparams("ROMA", written(tmp_path, config))

@@ -1,0 +1,202 @@
+"""One edit: what it reaches, what it leaves alone, and that it is never half done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import same_state, state
+
+from kdpo_easyedit import HParamsError, apply_kdpo_to_model, execute_kdpo
+
+
+def says(model, tok, request) -> bool:
+    """Whether the model says the target under teacher forcing, by a plain forward pass."""
+    prompt = tok(request["prompt"], return_tensors="pt")["input_ids"]
+    text = tok(f"{request['prompt']} {request['target_new']}", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        best = model(text).logits[0].argmax(-1)
+    return torch.equal(best[prompt.shape[1] - 1 : -1], text[0, prompt.shape[1] :])
+
+
+def test_an_edit_takes_and_changes_w_alone(fresh, requests, hparams):
+    model, tok = fresh
+    before = state(model)
+    assert not says(model, tok, requests[0])
+    edited, originals = apply_kdpo_to_model(model, tok, [requests[0]], hparams, return_orig_weights=True)
+    assert edited is model
+    assert says(model, tok, requests[0])
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == ["transformer.h.3.mlp.c_proj.weight"] == list(originals)
+    assert torch.equal(originals[changed[0]], before[changed[0]])
+
+
+def test_execute_leaves_the_model_alone_and_tells_what_happened(loaded, requests, hparams):
+    model, tok = loaded
+    before = state(model)
+    weights, trace = execute_kdpo(model, tok, requests[0], hparams)
+    assert same_state(before, state(model))
+    assert not torch.equal(weights["transformer.h.3.mlp.c_proj.weight"], before["transformer.h.3.mlp.c_proj.weight"])
+    assert trace.ended == "the target is said" and trace.final_token_accuracy == 1
+    assert len(trace.negatives) == len(trace.losses) == len(trace.token_accuracy)
+    assert trace.steps == sum(map(len, trace.losses)) > 0
+    assert trace.losses[0][0] == pytest.approx(0.693147, abs=1e-6)
+    assert trace.to_dict()["negatives"] == trace.negatives
+
+
+def test_what_the_model_says_already_costs_no_step(loaded, requests, hparams):
+    model, tok = loaded
+    known = {**requests[0], "target_new": requests[0]["ground_truth"]}
+    weights, trace = execute_kdpo(model, tok, known, hparams)
+    assert trace.steps == 0 and trace.ended == "the target is said"
+    assert torch.equal(*[w["transformer.h.3.mlp.c_proj.weight"] for w in (weights, model.state_dict())])
+
+
+def test_cycles_that_do_not_suffice_are_told(loaded, requests, hparams):
+    _, trace = execute_kdpo(*loaded, requests[0], replace(hparams, lr=1e-7, cycles=3))
+    assert trace.ended == "all cycles are used" and trace.steps == 24 and trace.final_token_accuracy < 1
+
+
+def test_requests_are_edited_in_order_each_on_top_of_the_last(loaded, fresh, requests, hparams):
+    together, _ = apply_kdpo_to_model(*loaded, requests[:3], hparams, copy=True)
+    model, tok = fresh
+    for request in requests[:3]:
+        apply_kdpo_to_model(model, tok, [request], hparams)
+    assert same_state(state(together), state(model))
+    assert says(model, tok, requests[2])
+
+
+def test_a_copy_is_edited_where_asked(loaded, requests, hparams):
+    model, tok = loaded
+    before = state(model)
+    edited, _ = apply_kdpo_to_model(model, tok, [requests[0]], hparams, copy=True)
+    assert edited is not model and says(edited, tok, requests[0])
+    assert same_state(before, state(model))
+
+
+def test_flags_modes_tokenizer_and_config_are_put_back(fresh, requests, hparams):
+    model, tok = fresh
+    model.train()
+    model.transformer.h[1].eval()
+    model.transformer.wte.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    config, padding, special = model.config.to_dict(), tok.padding_side, tok.special_tokens_map
+    apply_kdpo_to_model(model, tok, [requests[0]], hparams)
+    assert modes == [module.training for module in model.modules()]
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert (config, padding, special) == (model.config.to_dict(), tok.padding_side, tok.special_tokens_map)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("step", [1, 3, 12])
+def test_an_interruption_leaves_the_model_as_it_was(fresh, requests, hparams, monkeypatch, error, step):
+    model, tok = fresh
+    model.train()
+    before, flags = state(model), [p.requires_grad for p in model.parameters()]
+    steps = 0
+
+    def interrupted(self, *args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            raise error("in the middle")
+        return original(self, *args, **kwargs)
+
+    original = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(error, match="in the middle"):
+        apply_kdpo_to_model(model, tok, requests[:8], hparams)
+    assert steps == step
+    assert same_state(before, state(model))
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(module.training for module in model.modules())
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_an_interruption_between_two_layers_leaves_no_half_edit(fresh, requests, hparams, monkeypatch):
+    model, tok = fresh
+    before = state(model)
+    copy_ = torch.Tensor.copy_
+    written = []
+
+    def interrupted(self, *args, **kwargs):
+        written.append(self)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return copy_(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Parameter, "copy_", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        apply_kdpo_to_model(model, tok, [requests[0]], replace(hparams, layers=[2, 3]))
+    assert len(written) > 2
+    assert same_state(before, state(model))
+
+
+def test_sequential_edits_take_a_smaller_lr(loaded, requests, hparams):
+    _, scaled = execute_kdpo(*loaded, requests[0], replace(hparams, sequential_edit=True))
+    _, divided = execute_kdpo(*loaded, requests[0], replace(hparams, lr=hparams.lr / 5))
+    _, plain = execute_kdpo(*loaded, requests[0], hparams)
+    assert scaled.losses[0] == pytest.approx(divided.losses[0], rel=1e-6)
+    assert scaled.losses[0][-1] > plain.losses[0][-1]
+
+
+def test_update_scale_multiplies_the_change(loaded, requests, hparams):
+    name = "transformer.h.3.mlp.c_proj.weight"
+    before = loaded[0].state_dict()[name]
+    once = execute_kdpo(*loaded, requests[0], hparams)[0][name] - before
+    twice = execute_kdpo(*loaded, requests[0], replace(hparams, update_scale=2.0))[0][name] - before
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-4, atol=1e-7)
+
+
+def test_no_element_leaves_the_norm_constraint(loaded, requests, hparams):
+    name = "transformer.h.3.mlp.c_proj.weight"
+    weights, trace = execute_kdpo(*loaded, requests[0], replace(hparams, norm_constraint=0.004, cycles=3))
+    change = (weights[name] - loaded[0].state_dict()[name]).abs().max()
+    assert trace.steps > 1 and change == pytest.approx(0.004, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_edited(fresh, requests, hparams, dtype):
+    model, tok = fresh
+    model.to(dtype)
+    before = state(model)
+    apply_kdpo_to_model(model, tok, [requests[0]], hparams)
+    assert says(model, tok, requests[0])
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == ["transformer.h.3.mlp.c_proj.weight"]
+    assert model.state_dict()[changed[0]].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompt": "", "target_new": "x"}, "prompt is ''"),
+        ({"prompt": "x", "target_new": "  "}, "target_new is '  '"),
+        ({"prompt": "x"}, "target_new is None"),
+        ({"prompt": 3, "target_new": "x"}, "prompt is 3"),
+        ({"prompt": "word " * 300, "target_new": "x"}, "the model takes 256"),
+    ],
+)
+def test_a_bad_request_is_refused_before_anything_is_edited(fresh, requests, hparams, request_, message):
+    model, tok = fresh
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        apply_kdpo_to_model(model, tok, [requests[0], request_], hparams)
+    assert same_state(before, state(model))
+
+
+def test_hyper_parameters_are_checked_again_at_the_edit(loaded, requests, hparams):
+    hparams.lr = -1
+    with pytest.raises(HParamsError, match="lr is -1"):
+        execute_kdpo(*loaded, requests[0], hparams)
+
+
+def test_the_dpo_ablation_edits_too(fresh, requests, hparams):
+    model, tok = fresh
+    ablation = replace(hparams, negatives="autoregressive", num_steps=6, cycles=5, lr=1e-2)
+    apply_kdpo_to_model(model, tok, [requests[0]], ablation)
+    assert says(model, tok, requests[0])

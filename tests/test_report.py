@@ -1,0 +1,67 @@
+"""Tables and pictures."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+from rich.console import Console
+
+from kdpo_easyedit.comparison import Comparison, Example, Summary
+from kdpo_easyedit.report import print_examples, print_tables, radar_chart
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    rows = [
+        Summary("KDPO", "single", 20, 100.0, 90.0, 95.0, 40.0, 5.9, 0.02),
+        Summary("ROME", "single", 20, 99.0, 91.0, 70.0, None, 5.5, 0.9),
+        Summary("KDPO", "sequential", 20, 60.0, 50.0, 80.0, 20.0, 5.8, 0.03),
+    ]
+    return Comparison(Summary("(before)", "", 20, 10.0, 11.0, None, 12.0, 5.95, None), rows, [])
+
+
+def printed(print_, *arguments, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system="standard", force_terminal=True)
+    print_(*arguments, console)
+    return console.file.getvalue()
+
+
+def test_a_table_a_protocol_and_a_row_a_method(comparison):
+    plain = Console(file=io.StringIO(), width=100)
+    print_tables(comparison, plain)
+    text = plain.file.getvalue()
+    assert "20 single edits" in text and "20 sequential edits" in text
+    assert text.count("KDPO") == 2 and text.count("ROME") == 1 and text.count("(before) │") == 2
+
+
+def test_the_best_of_a_column_is_bold(comparison):
+    text = printed(print_tables, comparison)
+    for best in ("100.0", "91.0", "95.0", "40.0", "5.90", "0.02"):
+        assert re.search(rf"\x1b\[1m *{re.escape(best)}\x1b", text)
+    for other in ("99.0", "90.0", "70.0", "5.50", "5.95", "12.0"):
+        assert other in text and not re.search(rf"\x1b\[1m *{re.escape(other)}\x1b", text)
+
+
+def test_the_table_fits_eighty_columns(comparison):
+    plain = Console(file=io.StringIO(), width=80)
+    print_tables(comparison, plain)
+    text = plain.file.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_examples_show_before_and_after():
+    text = printed(print_examples, "KDPO", [Example("X was born in", "Oslo", "Bonn.", "Oslo."), Example("Y is", "a", "", "b")])
+    assert "X was born in" in text and "before  Bonn." in text and "Oslo." in text and "(nothing)" in text
+
+
+def test_the_radar_chart_is_a_picture_with_a_polygon_a_method(comparison, tmp_path):
+    radar_chart(comparison, tmp_path / "radar.png")
+    assert list(tmp_path.iterdir()) == [tmp_path / "radar.png"]
+    picture = matplotlib.image.imread(tmp_path / "radar.png")[..., :3]
+    assert picture.shape[0] > 500 and picture.shape[1] > 1000
+    for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # the first two of matplotlib's cycle
+        assert (np.abs(picture - np.array(colour) / 255).max(-1) < 0.02).sum() > 300
