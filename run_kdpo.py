@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
 
     transformers_logging.disable_progress_bar()
     # Importing the package finds EasyEdit, which takes a moment; --help should not.
-    from kdpo_easyedit import build_world, datasets, world
+    from kdpo_easyedit import build_world, datasets, host, world
     from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, compare
     from kdpo_easyedit.hparams import load_hparams
     from kdpo_easyedit.report import print_examples, print_tables, radar_chart
@@ -101,17 +101,17 @@ def run(options: argparse.Namespace) -> int:
     in_world = options.hparams_dir == world.NAME
     names = options.editing_method or (["KDPO", "FT", "ROME", "MEMIT"] if in_world else ["KDPO"])
     methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in names]
+    if not options.data_dir and not in_world:
+        raise datasets.DatasetError("data_dir is missing: only the world brings edits of its own; name a benchmark file")
     for method in methods:
         if options.device:
             method.hparams.device = options.device
+        host.check_device(method.hparams.device)
     protocols = [SEQUENTIAL] if options.sequential_edit else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
-    size = options.ds_size
     if options.data_dir:
-        requests = datasets.load_requests(options.data_dir, options.datatype, size)
-    elif in_world:
-        requests = datasets.load_requests(build_world().edits, size=size or 20)
+        requests = datasets.load_requests(options.data_dir, options.datatype, options.ds_size)
     else:
-        raise datasets.DatasetError("data_dir is missing: only the world brings edits of its own; name a benchmark file")
+        requests = datasets.load_requests(build_world().edits, size=options.ds_size or 20)
 
     folder = Path(options.metrics_save_dir) / datetime.now().strftime("%Y%m%d-%H%M%S")
     comparison = compare(methods, requests, protocols, folder, options.seed)

@@ -10,6 +10,7 @@ import copy
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -110,10 +111,11 @@ def compare(
     settings = [_settings(method.hparams) for method in methods]
     if any(other != settings[0] for other in settings):
         raise host.HostError(f"the methods are set to edit different models: {settings}; compare methods on one model")
+    methods = [Method(method.name, host.in_place(method.hparams)) for method in methods]
 
     with host.output_to(folder):
         host.forget_contexts()
-        first = host.BaseEditor(host.in_place(methods[0].hparams))
+        first = host.BaseEditor(copy.copy(methods[0].hparams))
         before: list[Metrics] = [
             {"case_id": number, "requested_rewrite": request, "pre": _measure(first, first.model, request, seed)}
             for number, request in enumerate(_progress(requests, "before editing"))
@@ -245,7 +247,7 @@ def _settings(hparams: Any) -> tuple[Any, ...]:
 
 def _editor(method: Method, loaded: Any, protocol: str) -> Any:
     """EasyEdit's editor of a method, on the model that another editor has loaded."""
-    hparams = host.in_place(method.hparams)
+    hparams = copy.copy(method.hparams)
     hparams.model_name = (loaded.model, loaded.tok)
     if hasattr(hparams, "sequential_edit"):
         hparams.sequential_edit = protocol == SEQUENTIAL
@@ -259,4 +261,4 @@ def _seed_everything(seed: int) -> None:
 
 
 def _progress(items: Sequence[Any], description: str) -> tqdm:
-    return tqdm(items, desc=description, unit="edit")
+    return tqdm(items, desc=description, unit="edit", file=sys.__stderr__)

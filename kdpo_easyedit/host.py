@@ -18,8 +18,9 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -230,6 +231,18 @@ class ModelName(str):
         return self.model_type
 
 
+def check_device(device: Any) -> None:
+    """Whether this machine has a device, before anything is loaded.
+
+    Raises:
+        HostError: it does not.
+    """
+    try:
+        torch.empty(0, device=_device(device))
+    except (RuntimeError, AssertionError):
+        raise HostError(f"device is {device!r}, which this machine does not have; try 'cpu'") from None
+
+
 def load_model(hparams: Any) -> tuple[Any, Any]:
     """The model that ``hparams.model_name`` names, in float32 or, with ``fp16``, in half precision, and its tokenizer.
 
@@ -237,11 +250,8 @@ def load_model(hparams: Any) -> tuple[Any, Any]:
         HostError: it cannot be loaded, or the device is not there.
     """
     name, spread = str(hparams.model_name), getattr(hparams, "model_parallel", False)
-    device = _device(hparams.device)
-    try:
-        torch.empty(0, device=None if spread else device)
-    except (RuntimeError, AssertionError):
-        raise HostError(f"device is {hparams.device!r}, which this machine does not have; try 'cpu'") from None
+    if not spread:
+        check_device(hparams.device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -255,7 +265,7 @@ def load_model(hparams: Any) -> tuple[Any, Any]:
     if tok.pad_token_id is None:
         tok.pad_token_id = tok.eos_token_id
     if not spread:
-        model.to(torch.device(device))  # type: ignore[arg-type]
+        model.to(torch.device(_device(hparams.device)))  # type: ignore[arg-type]
     return model, tok
 
 
@@ -472,7 +482,7 @@ def forget_contexts() -> None:
 
 @contextmanager
 def output_to(folder: Path) -> Iterator[None]:
-    """For a block, EasyEdit's prints and logs, and whatever it writes where it stands, go into ``folder``."""
+    """For a block, EasyEdit's prints, bars and logs, and whatever it writes where it stands, go into ``folder``."""
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
@@ -480,7 +490,7 @@ def output_to(folder: Path) -> Iterator[None]:
     file = logging.FileHandler(logs / "easyedit.log", encoding="utf-8")
     root.handlers, _EDITOR_LOG.handlers = [file], [logging.NullHandler()]
     try:
-        with contextlib.chdir(folder), redirect_stdout(file.stream):
+        with contextlib.chdir(folder), redirect_stdout(file.stream), redirect_stderr(file.stream):
             yield
     finally:
         root.handlers, _EDITOR_LOG.handlers = before
@@ -539,7 +549,11 @@ def compute_statistics(
     # EasyEdit knows the names of two datasets and no others; under one of them it is handed these texts instead.
     module.load_dataset = lambda *_: {"train": [{"text": text} for text in texts]}
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent) as unfinished, redirect_stdout(None):
+        with (
+            tempfile.TemporaryDirectory(dir=target.parent) as unfinished,
+            redirect_stdout(None),
+            warnings.catch_warnings(action="ignore", category=UserWarning),  # of memory pinned for no GPU
+        ):
             module.layer_stats(
                 model,
                 tok,

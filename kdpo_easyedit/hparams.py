@@ -72,13 +72,13 @@ def load_hparams(method: str, name_or_path: str | Path) -> Any:
     Raises:
         HParamsError: no such YAML, a method that this EasyEdit lacks, or a key that is unknown, missing or not for it.
     """
-    path = find_hparams(method, name_or_path)
-    config = read_yaml(path)
     algorithm = _ALGORITHMS.get(method, method)
     try:
         cls = hyper_params_class(algorithm)
     except HostError as error:
         raise HParamsError(str(error)) from None
+    path = find_hparams(method, name_or_path)
+    config = read_yaml(path)
     if config.get("alg_name") != algorithm:
         raise HParamsError(f"{path}: alg_name is {config.get('alg_name')!r}; allowed for {method}: {algorithm!r}")
     if cls is KDPOHyperParams:

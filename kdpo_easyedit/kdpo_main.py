@@ -120,7 +120,7 @@ def execute_kdpo(
     hparams.validate()
     _check_request(request)
     parameters = hparams.edited_parameters(model)
-    edit = edit_tokens(tok, request["prompt"], request["target_new"])
+    edit = edit_tokens(tok, request["prompt"], request["target_new"], _input_device(model))
     room = getattr(model.config, "max_position_embeddings", None)
     if room and edit.input_ids.shape[1] > room:
         raise ValueError(
@@ -195,7 +195,7 @@ class _TeacherForced:
         # The pass that shows what the model says is the first step's forward pass too.
         self.pairs, self.logits = self.suffix.pairs_and_logits(weights)
         target, negative = self.pairs.unbind(-1)
-        return negative, (negative == target).float().mean().item()
+        return negative, (negative == target).double().mean().item()
 
     def reference_margin(self) -> Tensor:
         with torch.no_grad():
@@ -239,7 +239,7 @@ class _Autoregressive:
         )
         self.logits = self.suffix.target_logits(weights)
         said = teacher_forced_negatives(self.logits[0])
-        return negative, (said == edit.targets).float().mean().item()
+        return negative, (said == edit.targets).double().mean().item()
 
     def reference_margin(self) -> Tensor:
         with torch.no_grad():

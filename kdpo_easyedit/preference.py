@@ -35,7 +35,7 @@ class EditTokens:
         return self.input_ids[0, self.prompt_length :]
 
 
-def edit_tokens(tok: Any, prompt: str, target: str) -> EditTokens:
+def edit_tokens(tok: Any, prompt: str, target: str, device: torch.device | str = "cpu") -> EditTokens:
     """Tokenise prompt and target as one text, with one space between them.
 
     The prompt's tokens are normally a prefix of the text's. Where the tokeniser merges across the boundary (or closes
@@ -58,7 +58,7 @@ def edit_tokens(tok: Any, prompt: str, target: str) -> EditTokens:
         raise ValueError(f"target_new is {target!r}, which has no token of its own after the prompt {prompt!r}")
     if length == 0:
         raise ValueError(f"prompt is {prompt!r}, which has no token: nothing can predict the first token of {target!r}")
-    return EditTokens(torch.tensor([ids]), length)
+    return EditTokens(torch.tensor([ids], device=device), length)
 
 
 def teacher_forced_negatives(target_logits: Tensor) -> Tensor:

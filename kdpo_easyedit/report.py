@@ -82,15 +82,19 @@ def radar_chart(comparison: Comparison, path: Path) -> None:
     highest = max((row.fluency or 0 for row in (comparison.before, *comparison.rows)), default=0) or 1
     angles = [2 * math.pi * i / len(_MEASURES) for i in range(len(_MEASURES))]
     figure, axes = plt.subplots(
-        1, len(protocols), figsize=(6.2 * len(protocols), 6), subplot_kw={"projection": "polar"}, squeeze=False
+        1, len(protocols), figsize=(6.8 * len(protocols), 6), subplot_kw={"projection": "polar"}, squeeze=False
     )
     for axis, protocol in zip(axes[0], protocols):
         axis.set_theta_offset(math.pi / 2)
         axis.set_theta_direction(-1)
         axis.set_ylim(0, 100)
         axis.set_yticks([25, 50, 75, 100], labels=["25", "50", "75", "100"], color="0.5", fontsize=8)
+        axis.set_rlabel_position(math.degrees(angles[1] / 2))  # between two spokes, where no polygon has a corner
         axis.set_xticks(angles, labels=list(_MEASURES.values()), fontsize=11)
-        axis.tick_params(axis="x", pad=16)
+        for angle, label in zip(angles, axis.get_xticklabels()):  # labels stand outside the circle
+            side = math.sin(angle)
+            label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+        axis.tick_params(axis="x", pad=6)
         axis.grid(color="0.85")
         axis.spines["polar"].set_color("0.85")
         rows = [row for row in comparison.rows if row.protocol == protocol]
@@ -98,11 +102,11 @@ def radar_chart(comparison: Comparison, path: Path) -> None:
             values = [getattr(row, key) or 0 for key in _MEASURES]
             values[-1] *= 100 / highest
             line = axis.plot([*angles, 0], [*values, values[0]], label=row.method, linewidth=2, color=f"C{number}")
-            axis.fill([*angles, 0], [*values, values[0]], color=line[0].get_color(), alpha=0.08)
+            axis.fill([*angles, 0], [*values, values[0]], color=line[0].get_color(), alpha=0.04)
         axis.set_title(f"{rows[0].n_edits} {protocol} edits", fontsize=13, pad=24)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(handles), frameon=False, fontsize=11)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.tight_layout(rect=(0, 0.06, 1, 0.98), w_pad=3)
     unfinished = path.with_name(path.name + ".unfinished")
     figure.savefig(unfinished, format="png", dpi=130)
     plt.close(figure)

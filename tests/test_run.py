@@ -1,0 +1,141 @@
+"""run_kdpo.py, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import yaml
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+import run_kdpo
+
+
+def run(*arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """The command line, from a folder of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run_kdpo.py"), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "120", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture
+def small_yaml(small_world, tmp_path_factory) -> Path:
+    """hparams/KDPO/world.yaml for the small world."""
+    config = yaml.safe_load((ROOT / "hparams" / "KDPO" / "world.yaml").read_text())
+    path = tmp_path_factory.mktemp("hparams") / "small.yaml"
+    path.write_text(yaml.safe_dump({**config, "model_name": str(small_world.folder)}))
+    return path
+
+
+def test_help_reads_well_and_needs_nothing(tmp_path):
+    done = run("--help", folder=tmp_path, EASYEDIT_HOME="/nowhere")
+    assert done.returncode == 0 and done.stderr == ""
+    for flag in (
+        "--editing_method", "--hparams_dir", "--data_dir", "--datatype", "--ds_size", "--metrics_save_dir",
+        "--sequential_edit", "--easyedit_dir", "--device", "--seed",
+    ):  # fmt: skip
+        assert flag in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--editing_method", "KDPOO"], "editing_method is 'KDPOO'"),
+        (["--hparams_dir", "qwen1.5-0.5"], "qwen1.5-0.5b"),
+        (["--hparams_dir", "qwen1.5-0.5b"], "data_dir is missing"),
+        (["--data_dir", "none.json"], "none.json: cannot be read"),
+        (["--data_dir", "broken.json"], "broken.json: not a JSON file"),
+        (["--data_dir", "data.json", "--ds_size", "7"], "ds_size is 7, and the file has 1"),
+        (["--data_dir", "data.json", "--datatype", "zsre_ment"], "datatype is 'zsre_ment'; allowed: knowedit"),
+        (["--ds_size", "0"], "--ds_size is 0"),
+        (["--device", "cuda:99"], "device is 'cuda:99'"),
+        (["--device", "gpu"], "device is 'gpu'"),
+    ],
+)
+def test_bad_input_gets_one_line_before_anything_is_done(tmp_path, monkeypatch, capsys, arguments, message):
+    record = {"prompt": "Ada was born in", "target_new": "Paris", "subject": "Ada", "locality": {}}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    (tmp_path / "broken.json").write_text("[{")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDPO_CACHE", str(tmp_path / "cache"))
+    try:
+        assert run_kdpo.main(arguments) == 2
+    except SystemExit as error:  # argparse's way
+        assert error.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err.splitlines()[-1] and printed.out == ""
+    assert not (tmp_path / "output").exists() and not (tmp_path / "cache").exists()
+
+
+def test_an_easyedit_that_is_not_there_is_told_in_one_line(tmp_path):
+    done = run("--easyedit_dir", "nowhere", folder=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "EASYEDIT_HOME is 'nowhere'" in done.stderr and "git clone" in done.stderr
+
+
+@pytest.mark.parametrize("layout", ["knowedit", "zsre_mend"])
+def test_data_files_are_edited_and_nothing_is_written_elsewhere(small_world, small_yaml, tmp_path, layout):
+    records = json.loads(small_world.edits.read_text())[:1]
+    if layout == "zsre_mend":
+        records = [
+            {
+                "subject": record["subject"],
+                "src": record["prompt"],
+                "alt": record["target_new"],
+                "answers": record["ground_truth"],
+                "rephrase": record["rephrase_prompt"],
+                "loc": f"nq question: {record['locality']['Relation_Specificity'][0]['prompt']}",
+                "loc_ans": record["locality"]["Relation_Specificity"][0]["ground_truth"][0],
+            }
+            for record in records
+        ]
+    cache = set(Path(os.environ["KDPO_CACHE"]).rglob("*"))
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    done = run(
+        "--editing_method", "KDPO", "--hparams_dir", small_yaml, "--data_dir", "data.json", "--datatype", layout,
+        "--metrics_save_dir", "results", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "results").iterdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"data.json", "results"}
+    assert {path.name for path in folder.iterdir()} == {
+        "logs", "metrics-KDPO-single.json", "summary.json", "radar.png",
+    }  # fmt: skip
+    assert set(Path(os.environ["KDPO_CACHE"]).rglob("*")) == cache
+    (row,) = json.loads((folder / "summary.json").read_text())
+    assert (row["method"], row["protocol"], row["n_edits"], row["edit_success"]) == ("KDPO", "single", 1, 100)
+    assert f"→ {records[0].get('target_new', records[0].get('alt'))}" in done.stdout and "1 single edits" in done.stdout
+    bars = {line.partition(":")[0] for line in done.stderr.splitlines() if line}
+    assert bars == {"before editing", "KDPO, single edits"}  # and none of EasyEdit's own
+
+
+def test_the_default_run_is_the_main_job(tmp_path):
+    """The first command of the README, world included."""
+    done = run(folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "output").iterdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+    rows = {(row["method"], row["protocol"]): row for row in json.loads((folder / "summary.json").read_text())}
+    assert list(rows) == [(m, p) for p in ("single", "sequential") for m in ("KDPO", "FT", "ROME", "MEMIT")]
+    assert all(row["n_edits"] == 20 for row in rows.values())
+    assert rows["KDPO", "single"]["edit_success"] >= 95
+    for baseline in ("FT", "ROME", "MEMIT"):  # tuned: a baseline that does not edit would be no comparison
+        assert rows[baseline, "single"]["edit_success"] >= 75
+    for method, protocol in rows:
+        metrics = json.loads((folder / f"metrics-{method}-{protocol}.json").read_text())
+        assert len(metrics) == 20 and all("pre" in entry and "post" in entry for entry in metrics)
+        assert f"{rows[method, protocol]['edit_success']:.1f}" in done.stdout
+    assert matplotlib.image.imread(folder / "radar.png").shape[0] > 500
+    assert done.stdout.count("before  ") == done.stdout.count("after   ") == 3
