@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from . import world
+from .weights import write
 
 _HOW_TO_GET_IT = (
     "EasyEdit is not here. Two ways to get it: `pip install --no-deps easyeditor==0.0.1.dev0`, or "
@@ -467,10 +468,7 @@ def undo_edits(editor: Any, edited_model: Any, originals: dict[str, torch.Tensor
         edited_model.unload()
         if hasattr(editor.model, "peft_config"):
             del editor.model.peft_config
-    parameters = dict(editor.model.named_parameters())
-    with torch.no_grad():
-        for name, weight in originals.items():
-            parameters[name].copy_(weight)
+    write(editor.model, originals)
 
 
 def forget_contexts() -> None:

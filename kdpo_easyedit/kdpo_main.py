@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -22,8 +21,7 @@ from .preference import (
     teacher_forced_negatives,
 )
 from .suffix import Suffix, frozen, projecting_with
-
-Weights = Mapping[str, Tensor]
+from .weights import Weights, read, runs_on, write
 
 
 @dataclass
@@ -88,14 +86,13 @@ def apply_kdpo_to_model(
         model = deepcopy(model)
     for request in requests:
         _check_request(request)
-    parameters = hparams.edited_parameters(model)
-    originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    originals = {name: weight.clone() for name, weight in read(model, hparams.edited_parameters(model)).items()}
     try:
         for request in requests:
             weights, _ = execute_kdpo(model, tok, request, hparams)
-            store(parameters, weights)
+            write(model, weights)
     except BaseException:
-        store(parameters, originals)
+        write(model, originals)
         raise
     return model, originals if return_orig_weights else {}
 
@@ -112,15 +109,15 @@ def execute_kdpo(
         hparams: the hyper-parameters.
 
     Returns:
-        The new weights by name, in the model's dtype and on its devices, and a trace of the edit.
+        The new weights by name, in the model's dtype, and a trace of the edit.
 
     Raises:
         HParamsError, ValueError: as :func:`apply_kdpo_to_model`.
     """
     hparams.validate()
     _check_request(request)
-    parameters = hparams.edited_parameters(model)
-    edit = edit_tokens(tok, request["prompt"], request["target_new"], _input_device(model))
+    originals = read(model, hparams.edited_parameters(model))
+    edit = edit_tokens(tok, request["prompt"], request["target_new"], runs_on(model.get_input_embeddings()))
     room = getattr(model.config, "max_position_embeddings", None)
     if room and edit.input_ids.shape[1] > room:
         raise ValueError(
@@ -128,13 +125,17 @@ def execute_kdpo(
         )
 
     # θ: W alone, in float32 whatever the model's dtype. Everything else is frozen.
-    weights = {name: parameter.detach().float().clone().requires_grad_() for name, parameter in parameters.items()}
+    weights = {name: _leaf(original, model.get_submodule(name.rpartition(".")[0])) for name, original in originals.items()}
     lr = hparams.lr * (hparams.sequential_lr_scale if hparams.sequential_edit else 1)
-    optimizer = torch.optim.Adam(weights.values(), lr=lr, weight_decay=hparams.weight_decay, fused=True)
+    # Adam takes no notice of a loss that is scaled, its own constants too; float16's narrow range does.
+    scale = 4096 if any(original.dtype == torch.float16 for original in originals.values()) else 1
+    optimizer = torch.optim.Adam(
+        weights.values(), lr=lr, eps=1e-8 * scale, weight_decay=hparams.weight_decay * scale, fused=True
+    )
 
     trace = EditTrace()
     make_preference = _TeacherForced if hparams.negatives == "teacher_forced" else _Autoregressive
-    with frozen(model), make_preference(model, edit, parameters, hparams) as preference:
+    with torch.enable_grad(), frozen(model), make_preference(model, edit, originals, hparams) as preference:
         for _ in range(hparams.cycles):
             negatives, accuracy = preference.renew(weights)
             trace.negatives.append(negatives.tolist())
@@ -150,27 +151,24 @@ def execute_kdpo(
                 trace.losses[-1].append(loss.item())
                 if loss.item() < hparams.stop_crit:
                     break
-                for weight, gradient in zip(weights.values(), torch.autograd.grad(loss, list(weights.values()))):
+                for weight, gradient in zip(weights.values(), torch.autograd.grad(scale * loss, list(weights.values()))):
                     weight.grad = gradient
                 optimizer.step()
-                optimizer.zero_grad()
                 trace.steps += 1
                 if hparams.norm_constraint:
-                    _clamp(weights, parameters, hparams.norm_constraint)
+                    _clamp(weights, originals, hparams.norm_constraint)
         else:
             _, accuracy = preference.renew(weights)
         trace.final_token_accuracy = accuracy
 
     if hparams.update_scale != 1:
-        _scale(weights, parameters, hparams.update_scale)
-    return {name: weight.detach().to(parameters[name].dtype) for name, weight in weights.items()}, trace
+        _scale(weights, originals, hparams.update_scale)
+    return {name: weight.detach().to(originals[name].dtype) for name, weight in weights.items()}, trace
 
 
-def store(parameters: Weights, weights: Weights) -> None:
-    """Write weights into a model's parameters of the same names."""
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
+def _leaf(original: Tensor, module: torch.nn.Module) -> Tensor:
+    """What the optimiser works on: the weight in float32, where its module computes."""
+    return original.to(runs_on(module), torch.float32, copy=True).requires_grad_()
 
 
 class _TeacherForced:
@@ -179,9 +177,11 @@ class _TeacherForced:
     One sequence serves every cycle, so what lies below W is recorded once an edit.
     """
 
-    def __init__(self, model: PreTrainedModel, edit: EditTokens, parameters: Weights, hparams: KDPOHyperParams) -> None:
-        self.suffix = Suffix(model, parameters, hparams.layer_module_tmp, edit.input_ids, edit.prompt_length)
-        self.logits: Tensor | None = None
+    def __init__(self, model: PreTrainedModel, edit: EditTokens, originals: Weights, hparams: KDPOHyperParams) -> None:
+        self.suffix = Suffix(model, originals, hparams.layer_module_tmp, edit.input_ids, edit.prompt_length)
+        self.targets = edit.targets
+        self.pairs: Tensor
+        self.first = True
 
     def __enter__(self) -> _TeacherForced:
         self.suffix.__enter__()
@@ -192,20 +192,22 @@ class _TeacherForced:
 
     def renew(self, weights: Weights) -> tuple[Tensor, float]:
         """New negatives, int64 ``[T]``, and the share of the target that they hit."""
-        # The pass that shows what the model says is the first step's forward pass too.
-        self.pairs, self.logits = self.suffix.pairs_and_logits(weights)
-        target, negative = self.pairs.unbind(-1)
-        return negative, (negative == target).double().mean().item()
+        if self.first:  # the weights are still the model's own
+            self.first = False
+            logits = self.suffix.own_logits
+        else:
+            with torch.no_grad():
+                logits = self.suffix.target_logits(weights)
+        negatives = teacher_forced_negatives(logits[0])
+        targets = self.targets.to(negatives.device)
+        self.pairs = torch.stack((targets, negatives), dim=-1)
+        return negatives, (negatives == targets).double().mean().item()
 
     def reference_margin(self) -> Tensor:
-        with torch.no_grad():
-            return pair_margin(self.suffix.pair_logits(None, self.pairs))
+        return pair_margin(self.suffix.own_logits[0].gather(-1, self.pairs))
 
     def margin(self, weights: Weights) -> Tensor:
-        if self.logits is None:
-            return pair_margin(self.suffix.pair_logits(weights, self.pairs))
-        logits, self.logits = self.logits, None
-        return pair_margin(logits)
+        return pair_margin(self.suffix.pair_logits(weights, self.pairs))
 
 
 class _Autoregressive:
@@ -214,8 +216,8 @@ class _Autoregressive:
     Every cycle has a sequence of its own, so what lies below W is recorded once a cycle, for both in one batch.
     """
 
-    def __init__(self, model: PreTrainedModel, edit: EditTokens, parameters: Weights, hparams: KDPOHyperParams) -> None:
-        self.model, self.edit, self.parameters, self.hparams = model, edit, parameters, hparams
+    def __init__(self, model: PreTrainedModel, edit: EditTokens, originals: Weights, hparams: KDPOHyperParams) -> None:
+        self.model, self.edit, self.originals, self.hparams = model, edit, originals, hparams
         self.replay = ExitStack()
         self.logits: Tensor | None = None
 
@@ -235,15 +237,14 @@ class _Autoregressive:
         both = torch.cat((edit.input_ids, torch.cat((prompt, negative.unsqueeze(0)), dim=1)))
         self.sequences = both[:, edit.prompt_length :]
         self.suffix = self.replay.enter_context(
-            Suffix(self.model, self.parameters, self.hparams.layer_module_tmp, both, edit.prompt_length)
+            Suffix(self.model, self.originals, self.hparams.layer_module_tmp, both, edit.prompt_length)
         )
         self.logits = self.suffix.target_logits(weights)
         said = teacher_forced_negatives(self.logits[0])
         return negative, (said == edit.targets).double().mean().item()
 
     def reference_margin(self) -> Tensor:
-        with torch.no_grad():
-            return sequence_margin(self.suffix.target_logits(None), self.sequences)
+        return sequence_margin(self.suffix.own_logits, self.sequences)
 
     def margin(self, weights: Weights) -> Tensor:
         if self.logits is None:
@@ -263,18 +264,20 @@ def greedy(model: PreTrainedModel, prompt_ids: Tensor, length: int) -> Tensor:
         output = model(input_ids=tokens[-1].unsqueeze(0), past_key_values=output.past_key_values, use_cache=True)
 
 
-def _clamp(weights: Weights, parameters: Weights, limit: float) -> None:
+def _clamp(weights: Weights, originals: Weights, limit: float) -> None:
     """Let no element of W stray further than ``limit`` from where the edit found it."""
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.sub_(parameters[name]).clamp_(-limit, limit).add_(parameters[name])
+            original = originals[name].to(weight.device)
+            weight.sub_(original).clamp_(-limit, limit).add_(original)
 
 
-def _scale(weights: Weights, parameters: Weights, scale: float) -> None:
+def _scale(weights: Weights, originals: Weights, scale: float) -> None:
     """W_0 + Δ becomes W_0 + scale · Δ."""
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.sub_(parameters[name]).mul_(scale).add_(parameters[name])
+            original = originals[name].to(weight.device)
+            weight.sub_(original).mul_(scale).add_(original)
 
 
 def _check_request(request: dict[str, Any]) -> None:
@@ -282,9 +285,3 @@ def _check_request(request: dict[str, Any]) -> None:
         value = request.get(key)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"a request's {key} is {value!r}; allowed: text that is not empty")
-
-
-def _input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model wants its tokens: on the device of its embedding, or the CPU where that is offloaded."""
-    embedding: Any = model.get_input_embeddings()
-    return torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .preference import teacher_forced_negatives
+from .weights import Weights, stored
 
 LOG = logging.getLogger(__name__)
 
@@ -74,15 +74,20 @@ class Suffix:
         input_ids: int64, ``[B, L]``.
         prompt_length: P; positions P−1 … L−2 predict the T = L − P target tokens.
 
+    Attributes:
+        own_logits: what the model as it stands gives at the target's positions, ``[B, T, V]``: the reference.
+
     On entering, the replay is checked: with the weights as they stand it must give the model's own logits. Where it does
     not, or where the model cannot be replayed, every call is a plain full forward with the same results, and the log says
     why.
     """
 
+    own_logits: Tensor
+
     def __init__(
         self,
         model: PreTrainedModel,
-        weights: Mapping[str, Tensor],
+        weights: Weights,
         layer_template: str,
         input_ids: Tensor,
         prompt_length: int,
@@ -90,103 +95,85 @@ class Suffix:
         self.model = model
         self.weights = weights
         self.layer_template = layer_template
-        self.input_ids = input_ids
-        self.positions = slice(prompt_length - 1, input_ids.shape[1] - 1)
-        self.targets = input_ids[0, prompt_length:]
+        self.input_ids = input_ids[:, :-1]  # nothing is predicted from the last token
+        self.positions = slice(prompt_length - 1, None)
         self.replays = False
         self._lowest_input: Tensor | None = None
         self._restore = ExitStack()
 
     def __enter__(self) -> Suffix:
-        try:
-            with torch.no_grad():
+        with torch.no_grad():
+            try:
+                for module in self.model.modules():
+                    if type(module) is nn.Linear and "forward" not in vars(module):  # accelerate keeps a forward there
+                        self._restore.enter_context(forward_as(module, _by_onednn(module)))
                 self._record()
                 self._replay()
                 self._check()
-        except CannotReplay as reason:
-            self._restore.close()
-            self.replays, self._lowest_input = False, None
-            LOG.info("every step runs the whole model: %s", reason)
-        except BaseException:
-            self._restore.close()
-            raise
+            except CannotReplay as reason:
+                self._restore.close()
+                self.replays, self._lowest_input = False, None
+                LOG.warning("every step runs the whole model: %s", reason)
+                self.own_logits = self._forward()[:, self.positions]
+            except BaseException:
+                self._restore.close()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore.close()
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # What a caller asks for. `weights` are float32 leaves by name, or None for the model as it stands (the reference).
-
-    def target_logits(self, weights: Mapping[str, Tensor] | None) -> Tensor:
+    def target_logits(self, weights: Weights) -> Tensor:
         """The logits that predict the target's tokens, by the full output layer: ``[B, T, V]``."""
-        if self.replays:
-            return self._run(weights, self._output_forward)
-        return self._run(weights)[:, self.positions]
+        with projecting_with(self.model, weights, self._lowest_input):
+            return self._forward(self._output_forward) if self.replays else self._forward()[:, self.positions]
 
-    def pair_logits(self, weights: Mapping[str, Tensor] | None, pairs: Tensor) -> Tensor:
-        """The logits of two tokens a position, from two rows of the output layer. pairs, result: ``[T, 2]``; B is 1."""
-        if self.replays:
-            return self._run(weights, lambda hidden: self._rows(hidden, pairs))[0]
-        return self.target_logits(weights)[0].gather(-1, pairs)
+    def pair_logits(self, weights: Weights, pairs: Tensor) -> Tensor:
+        """The logits of two tokens a position, from two rows of the output layer.
 
-    def pairs_and_logits(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The target's tokens beside what the model says there now, and the logits of both, in one pass.
+        Args:
+            weights: W, as float32 leaves; the result has a gradient to them.
+            pairs: int64, ``[T, 2]``. The batch is one sequence.
 
         Returns:
-            pairs: int64, ``[T, 2]``, the target's token and the negative.
-            logits: ``[T, 2]``, with a gradient to ``weights``.
+            Float32, ``[T, 2]``.
         """
-
-        def pair(logits: Tensor) -> Tensor:
-            return torch.stack((self.targets.to(logits.device), teacher_forced_negatives(logits)), dim=-1)
-
         if not self.replays:
-            logits = self.target_logits(weights)[0]
-            pairs = pair(logits.detach())
-            return pairs, logits.gather(-1, pairs)
-
-        found: list[Tensor] = []
-
-        def head(hidden: Tensor) -> Tensor:
-            with torch.no_grad():
-                found.append(pair(self._output_forward(hidden)[0]))
-            return self._rows(hidden, found[0])
-
-        logits = self._run(weights, head)[0]
-        return found[0], logits
+            return self.target_logits(weights)[0].gather(-1, pairs).float()
+        with projecting_with(self.model, weights, self._lowest_input):
+            return self._forward(lambda hidden: self._rows(hidden, pairs))[0]
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _run(self, weights: Mapping[str, Tensor] | None, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def _forward(self, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The model's logits; with a ``head``, what it makes of the hidden states that predict the target."""
         with ExitStack() as stack:
-            if weights is not None:
-                stack.enter_context(projecting_with(self.model, weights, self._lowest_input))
-            elif self.replays:
-                for layer, output in self._layer_outputs.items():
-                    stack.enter_context(forward_as(layer, _returning(output)))
             if head is not None:
-                stack.enter_context(forward_as(self._output_layer, lambda hidden: head(hidden[:, self.positions])))
+                stack.enter_context(forward_as(self._output_layer, lambda hidden: head(self._at_target(hidden))))
             mask = torch.ones_like(self.input_ids)
             return self.model(input_ids=self.input_ids, attention_mask=mask, use_cache=False).logits
+
+    def _at_target(self, hidden: Tensor) -> Tensor:
+        if hidden.dim() != 3 or hidden.shape[1] != self.input_ids.shape[1]:
+            raise CannotReplay("its output layer is not given the hidden states of all positions")
+        # With a slice's strides, torch would multiply batch by batch, and copy the output layer for it.
+        return hidden[:, self.positions].clone(memory_format=torch.contiguous_format)
 
     def _rows(self, hidden: Tensor, pairs: Tensor) -> Tensor:
         """Two rows of the output layer a position, in float32: ``[1, T, d]`` → ``[1, T, 2]``."""
         weight = self._output_layer.weight
-        if weight.is_meta:  # offloaded: only the module itself knows where its rows are
-            return self._output_forward(hidden).gather(-1, pairs.unsqueeze(0))
+        if weight.is_meta:  # offloaded: only the module's own forward brings its rows
+            return self._output_forward(hidden).gather(-1, pairs.unsqueeze(0)).float()
         logits = (weight[pairs].float() * hidden[0].float().unsqueeze(1)).sum(-1)
         bias = getattr(self._output_layer, "bias", None)
         return (logits if bias is None else logits + bias[pairs].float()).unsqueeze(0)
 
     def _record(self) -> None:
-        """One pass of the model as it is, which keeps what W cannot change, and the layers' outputs for the reference."""
+        """One pass of the model as it is, which keeps what W cannot change."""
         output_layer = self.model.get_output_embeddings()
         if output_layer is None:
             raise CannotReplay("it names no output layer")
         self._output_layer: Any = output_layer
-        self._output_forward = self._output_layer.forward
         lowest_name = next(iter(self.weights)).removesuffix(".weight")
         lowest = self.model.get_submodule(lowest_name)
         layers = self._layers()
@@ -194,33 +181,31 @@ class Suffix:
         if own_layer is None:
             raise CannotReplay(f"{lowest_name} is not inside {self.layer_template}")
 
-        # Beside the layers below: everything that stands next to the way from W's own layer down to W.
-        beside: list[nn.Module] = []
+        # Constant are the layers below, and in W's own layer everything that stands beside the way down to W and runs
+        # before it.
+        candidates = list(layers.values())[: list(layers).index(own_layer)]
         container = own_layer
         for step in lowest_name.removeprefix(own_layer + ".").split("."):
-            beside += [m for n, m in self.model.get_submodule(container).named_children() if n != step]
+            candidates += [m for n, m in self.model.get_submodule(container).named_children() if n != step]
             container = f"{container}.{step}"
 
-        outputs: dict[nn.Module, list[Any]] = {module: [] for module in (*layers.values(), *beside)}
+        outputs: dict[nn.Module, list[Any]] = {module: [] for module in candidates}
         inputs: list[Tensor] = []
-        before_w: list[nn.Module] = []
 
         def keep_output(module: nn.Module, _args: Any, output: Any) -> None:
-            outputs[module].append(output)
             if not inputs:
-                before_w.append(module)
+                outputs[module].append(output)
 
         with ExitStack() as hooks:
-            for module in outputs:
+            for module in candidates:
                 hooks.callback(module.register_forward_hook(keep_output).remove)
             hooks.callback(lowest.register_forward_pre_hook(lambda _m, args: inputs.extend(args[:1])).remove)
-            self._own_logits = self._run(None)[:, self.positions]
+            self.own_logits = self._forward(self._output_layer.forward)
 
-        if len(inputs) != 1 or any(len(outputs[layer]) != 1 for layer in layers.values()):
-            raise CannotReplay("a layer or the edited projection does not run exactly once in a forward pass")
+        if len(inputs) != 1 or any(len(kept) > 1 for kept in outputs.values()):
+            raise CannotReplay("the edited projection, or a module beside it, runs more than once in a forward pass")
         self._lowest_input = inputs[0]
-        self._layer_outputs = {layer: outputs[layer][0] for layer in layers.values()}
-        self._constant_outputs = {m: outputs[m][0] for m in before_w if len(outputs[m]) == 1}
+        self._constant_outputs = {module: kept[0] for module, kept in outputs.items() if kept}
 
     def _layers(self) -> dict[str, nn.Module]:
         modules = dict(self.model.named_modules())
@@ -230,30 +215,30 @@ class Suffix:
     def _replay(self) -> None:
         for module, output in self._constant_outputs.items():
             self._restore.enter_context(forward_as(module, _returning(output)))
+        self._output_forward = self._output_layer.forward
         self.replays = True
 
     def _check(self) -> None:
         versions = [tensor._version for tensor in self._kept_tensors()]
-        own = self._own_logits
+        own = self.own_logits.float()
         try:
-            replayed = self.target_logits(self.weights)
-            reference = self.target_logits(None)
-            pairs = torch.stack((self.targets, self.targets.flip(0)), dim=-1).to(own.device)
-            rows = self.pair_logits(self.weights, pairs) if len(own) == 1 else None
+            if len(own) == 1:
+                pairs = torch.stack((own[0].argmax(-1), own[0].argmin(-1)), dim=-1)
+                own = own[0].gather(-1, pairs)
+                replayed = self.pair_logits(self.weights, pairs)
+            else:
+                replayed = self.target_logits(self.weights).float()
         except Exception as error:  # whatever a model's code does not like of being replayed
             raise CannotReplay(f"its layers cannot be run on their own: {type(error).__name__}: {error}") from error
         if versions != [tensor._version for tensor in self._kept_tensors()]:
             raise CannotReplay("its layers change their inputs in place")
-        scale = own.abs().max().item()
-        allowed = scale * torch.finfo(own.dtype).eps ** 0.5 / 4
-        errors = [(replayed - own).abs().max().item(), (reference - own).abs().max().item()]
-        if rows is not None:
-            errors.append((rows - own[0].gather(-1, pairs)).abs().max().item())
-        if not max(errors) <= allowed:
-            raise CannotReplay(f"the replayed logits differ by {max(errors):.2g} (of {scale:.2g}; {allowed:.2g} is allowed)")
+        scale, difference = own.abs().max().item(), (replayed - own).abs().max().item()
+        allowed = scale * torch.finfo(self.own_logits.dtype).eps ** 0.5 / 4
+        if not difference <= allowed:
+            raise CannotReplay(f"the replayed logits differ by {difference:.2g} (of {scale:.2g}; {allowed:.2g} is allowed)")
 
     def _kept_tensors(self) -> list[Tensor]:
-        kept = (self._lowest_input, *self._layer_outputs.values(), *self._constant_outputs.values())
+        kept = (self._lowest_input, *self._constant_outputs.values())
         return [t for k in kept for t in (k if isinstance(k, (tuple, list)) else (k,)) if isinstance(t, Tensor)]
 
 
@@ -261,15 +246,24 @@ def _returning(output: Any) -> Callable[..., Any]:
     return lambda *_args, **_kwargs: output
 
 
+def _by_onednn(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    return lambda x: _linear(x, linear.weight, linear.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, by oneDNN in float32 on the CPU: there torch takes another library, which is slower for few rows."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+    return F.linear(x, weight, bias)
+
+
 @contextmanager
-def projecting_with(
-    model: PreTrainedModel, weights: Mapping[str, Tensor], lowest_input: Tensor | None = None
-) -> Iterator[None]:
-    """For a block, let the model run with other weights W; they are cast to its dtype, with a gradient.
+def projecting_with(model: PreTrainedModel, weights: Weights, lowest_input: Tensor | None = None) -> Iterator[None]:
+    """For a block, let the model run with other weights W.
 
     Args:
         model: the model; its own weights are not touched.
-        weights: W by name, lowest layer first.
+        weights: W by name, lowest layer first; they are cast to the model's dtype, with a float32 gradient.
         lowest_input: the input of the lowest W, where it is known already.
     """
     with ExitStack() as stack:
@@ -281,10 +275,39 @@ def projecting_with(
         yield
 
 
-def _projecting(projection: Any, weight: Tensor, given: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _projecting(projection: nn.Module, weight: Tensor, given: Tensor | None) -> Callable[[Tensor], Tensor]:
+    bias = stored(projection, "bias")
+
     def forward(x: Tensor) -> Tensor:
         x = x if given is None else given
-        cast = weight.to(x.dtype)
-        return F.linear(x, cast.T if isinstance(projection, Conv1D) else cast, projection.bias)
+        return _Project.apply(x, weight, None if bias is None else bias.to(x.device), isinstance(projection, Conv1D))
 
     return forward
+
+
+class _Project(torch.autograd.Function):
+    """x Wᵀ + b in the dtype of x, with the gradient of W in W's own: a sum over tokens of products needs float32.
+
+    With ``transposed``, W is stored as GPT-2's Conv1D does, ``[in, out]``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.transposed = transposed
+        cast = weight.to(x.device, x.dtype)
+        return F.linear(x, cast.T, bias) if transposed else _linear(x, cast, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            cast = weight.to(gradient.device, gradient.dtype)
+            to_x = gradient @ (cast.T if ctx.transposed else cast)
+        inputs, outputs = (rows.flatten(0, -2).to(weight.dtype) for rows in (x, gradient))
+        # In the layout of W itself: the fused Adam reads a transposed gradient as if it were not.
+        left, right = (inputs, outputs) if ctx.transposed else (outputs, inputs)
+        # Into the last step's gradient, where there is one: fresh memory takes longer to touch than to compute.
+        return to_x, torch.mm(left.T, right, out=weight.grad).to(weight.device), None, None

@@ -9,6 +9,7 @@ import torch
 from conftest import same_state, state
 
 from kdpo_easyedit import HParamsError, apply_kdpo_to_model, execute_kdpo
+from kdpo_easyedit.weights import write
 
 
 def says(model, tok, request) -> bool:
@@ -160,15 +161,25 @@ def test_no_element_leaves_the_norm_constraint(loaded, requests, hparams):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_are_edited(fresh, requests, hparams, dtype):
+def test_half_precision_models_are_edited_as_well_as_float32(fresh, requests, hparams, dtype):
     model, tok = fresh
     model.to(dtype)
     before = state(model)
-    apply_kdpo_to_model(model, tok, [requests[0]], hparams)
+    for request in requests[:8]:
+        _, originals = apply_kdpo_to_model(model, tok, [request], hparams, return_orig_weights=True)
+        assert says(model, tok, request)
+        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+        assert changed == ["transformer.h.3.mlp.c_proj.weight"] == list(originals)
+        assert model.state_dict()[changed[0]].dtype == dtype
+        write(model, originals)
+    assert same_state(before, state(model))
+
+
+def test_edits_under_no_grad_too(fresh, requests, hparams):
+    model, tok = fresh
+    with torch.no_grad():
+        apply_kdpo_to_model(model, tok, [requests[0]], hparams)
     assert says(model, tok, requests[0])
-    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
-    assert changed == ["transformer.h.3.mlp.c_proj.weight"]
-    assert model.state_dict()[changed[0]].dtype == dtype
 
 
 @pytest.mark.parametrize(

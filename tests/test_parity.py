@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit import KDPOHyperParams, execute_kdpo
 from kdpo_easyedit.hparams import translate_release
-from kdpo_easyedit.kdpo_main import store
+from kdpo_easyedit.weights import read, write
 
 RECORDINGS = sorted((REFERENCE / "recordings").glob("*.json"))
 
@@ -32,9 +32,9 @@ def test_recording_is_reproduced(path: Path) -> None:
         sequential_edit=recording["sequential"],
         update_scale=2.0 if recording["sequential"] else 1.0,
     )
-    parameters = hparams.edited_parameters(model)
+    names = list(hparams.edited_parameters(model))
     for number, edit in enumerate(recording["edits"]):
-        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        before = {name: weight.clone() for name, weight in read(model, names).items()}
         weights, trace = execute_kdpo(model, tok, edit["request"], hparams)
 
         assert sorted(weights) == sorted(edit["changed"])
@@ -51,7 +51,7 @@ def test_recording_is_reproduced(path: Path) -> None:
             error = (weight - before[name] - change).norm() / change.norm()
             assert error < 1e-3
         if recording["sequential"]:
-            store(parameters, weights)
+            write(model, weights)
 
 
 def test_all_recordings_are_here() -> None:

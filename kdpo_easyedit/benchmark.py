@@ -1,0 +1,354 @@
+"""What an edit costs: the straightforward form of the method against this package's, in one run.
+
+``python -m kdpo_easyedit.benchmark`` makes the same edit in both forms on one model of random weights, several times in
+turn, and prints the medians, their ratios, and the floor: the time in which this machine could move the bytes, or do the
+operations, that a step cannot do without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.profiler import profile
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
+
+from .hparams import KDPOHyperParams
+from .kdpo_main import execute_kdpo
+from .weights import runs_on
+
+_MODULES: list[dict[str, Any]] = [
+    {
+        "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
+        "layer_module_tmp": "model.layers.{}",
+        "mlp_module_tmp": "model.layers.{}.mlp",
+        "attn_module_tmp": "model.layers.{}.self_attn",
+        "ln_f_module": "model.norm",
+        "lm_head_module": "lm_head",
+    },
+    {
+        "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
+        "layer_module_tmp": "transformer.h.{}",
+        "mlp_module_tmp": "transformer.h.{}.mlp",
+        "attn_module_tmp": "transformer.h.{}.attn",
+        "ln_f_module": "transformer.ln_f",
+        "lm_head_module": "lm_head",
+    },
+]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's architecture and the layer that is edited."""
+
+    config: PreTrainedConfig
+    layer: int
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=vocabulary,
+    )
+
+
+SHAPES = {
+    "qwen1.5-0.5b": Shape(
+        Qwen2Config(
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+        ),
+        layer=21,
+    ),
+    "llama-2-7b": Shape(_llama(4096, 11008, 32, 32, 32000), layer=21),
+    # Llama-2-7B's ratios at an eighth of its width and three eighths of its depth.
+    "small": Shape(_llama(512, 1376, 12, 8, 8000), layer=8),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one form of the edit costs: medians over the repetitions.
+
+    Attributes:
+        step: seconds a step.
+        edit: seconds of a whole edit: negatives, all its steps, and the look at what the model says then.
+        memory: peak bytes of tensors beyond the loaded model.
+    """
+
+    step: float
+    edit: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Both costs, the floor of a step in seconds, and by how much the two forms' losses differ at most."""
+
+    straightforward: Cost
+    engine: Cost
+    floor: float
+    loss_difference: float
+    weight_bytes: int
+
+
+def straightforward_edit(
+    model: PreTrainedModel, input_ids: Tensor, prompt_length: int, weight_name: str, hparams: KDPOHyperParams
+) -> list[float]:
+    """One cycle of the method as it is written down, with a second model for the reference.
+
+    Policy and reference each run the two sequences of a pair, in one batch, through the whole model and its output layer,
+    and take log-probabilities at all positions, of which the labels select some, as is usual for DPO.
+    The model is left as it was.
+
+    Args:
+        model: a causal language model, frozen but for the weight that is edited.
+        input_ids: prompt and target; int64, ``[1, L]``.
+        prompt_length: P.
+        weight_name: of W.
+        hparams: ``num_steps``, ``lr`` and ``beta`` are read.
+
+    Returns:
+        The loss before every step.
+    """
+    reference = deepcopy(model)
+    weight = model.get_parameter(weight_name)
+    original = weight.detach().clone()
+    optimizer = torch.optim.Adam([weight], lr=hparams.lr)
+    positions = slice(prompt_length - 1, -1)
+    losses: list[float] = []
+
+    with torch.no_grad():
+        negatives = model(input_ids).logits[:, positions].argmax(-1)
+    pair = input_ids.repeat(2, 1)
+    labels = pair[:, 1:].clone()
+    labels[1, prompt_length - 1 :] = negatives[0]
+    selected = torch.zeros_like(labels)
+    selected[:, prompt_length - 1 :] = labels[0, prompt_length - 1 :] != labels[1, prompt_length - 1 :]
+
+    def log_ratio(of: PreTrainedModel) -> Tensor:
+        log_probs = of(pair).logits[:, :-1].float().log_softmax(-1)
+        chosen, rejected = (log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1) * selected).sum(-1)
+        return chosen - rejected
+
+    for _ in range(hparams.num_steps):
+        with torch.no_grad():
+            reference_ratio = log_ratio(reference)
+        loss = -F.logsigmoid(hparams.beta * (log_ratio(model) - reference_ratio))
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        model(input_ids).logits[:, positions].argmax(-1)
+        weight.copy_(original)
+    weight.grad = None
+    return losses
+
+
+def measure(model: PreTrainedModel, hparams: KDPOHyperParams, tokens: int = 18, targets: int = 4, repeats: int = 3) -> Result:
+    """Make one edit of random tokens in both forms, in turn.
+
+    Args:
+        model: with its weights; they are as they were afterwards.
+        hparams: of the edit; ``num_steps`` steps in one cycle are made.
+        tokens: L, of prompt and target.
+        targets: T, how many of them are the target's.
+        repeats: how often each form is timed.
+    """
+    device = runs_on(model.get_input_embeddings())
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    request = {
+        "prompt": " ".join(map(str, ids[0, :-targets].tolist())),
+        "target_new": " ".join(map(str, ids[0, -targets:].tolist())),
+    }
+    ids = ids.to(device)
+    (name,) = hparams.edited_parameters(model)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name == name)
+    model.eval()
+    once = replace(hparams, cycles=1, stop_crit=False)
+
+    def straightforward() -> list[float]:
+        return straightforward_edit(model, ids, tokens - targets, name, once)
+
+    def engine() -> list[float]:
+        return execute_kdpo(model, _numbers, request, once)[1].losses[0]
+
+    forms = (straightforward, engine)
+    losses = [form() for form in forms]  # also warms up
+    edits: dict[Callable, list[float]] = {form: [] for form in forms}
+    steps: dict[Callable, list[float]] = {form: [] for form in forms}
+    for _ in range(repeats):
+        for form in forms:
+            ends: list[float] = []
+            hook = register_optimizer_step_post_hook(lambda *_, ends=ends: ends.append(_now()))
+            edits[form].append(_seconds(form))
+            hook.remove()
+            steps[form] += [after - before for before, after in itertools.pairwise(ends)]
+
+    def cost(form: Callable) -> Cost:
+        return Cost(statistics.median(steps[form]), statistics.median(edits[form]), _peak_memory(form, device))
+
+    return Result(
+        cost(straightforward),
+        cost(engine),
+        _floor(model, name, hparams.layers[0], hparams.layer_module_tmp, tokens),
+        max(abs(a - b) for a, b in zip(*losses)),
+        model.get_parameter(name).numel() * 4,
+    )
+
+
+def _numbers(text: str) -> dict[str, list[int]]:
+    """A tokenizer of texts that are token numbers."""
+    return {"input_ids": [int(word) for word in text.split()]}
+
+
+def _now() -> float:
+    """Seconds, once the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def _seconds(function: Callable, *arguments: Any) -> float:
+    started = _now()
+    function(*arguments)
+    return _now() - started
+
+
+def _peak_memory(form: Callable, device: torch.device) -> int:
+    """The most bytes of tensors that lived at once, beyond those that lived before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        form()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(profile_memory=True, acc_events=True) as recording:
+        form()
+    now = peak = 0
+    events = recording.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def _floor(model: PreTrainedModel, weight_name: str, layer: int, layer_template: str, tokens: int) -> float:
+    """The seconds that a step takes at least, from bytes moved and operations done at the speeds measured now.
+
+    Of the layers above W, a step reads every weight twice (forward, and backward for the gradient of what flows in) and does
+    two operations a weight and token each time; of W it reads the weight, and Adam reads and writes it, its gradient and
+    two moments, in float32; forward and gradient are two operations a weight and token each.
+    """
+    weight = model.get_parameter(weight_name)
+    above = sum(
+        parameter.numel()
+        for number in range(layer + 1, model.config.num_hidden_layers)
+        for parameter in model.get_submodule(layer_template.format(number)).parameters()
+    )
+    moved = 2 * above * weight.element_size() + 8 * 4 * weight.numel()
+    operations = 4 * tokens * (above + weight.numel())
+    bandwidth, rate = _bandwidth(weight), _rate(weight)
+    return max(moved / bandwidth, operations / rate)
+
+
+def _bandwidth(like: Tensor, repeats: int = 5) -> float:
+    """Bytes a second that an elementwise operation on large tensors reads and writes."""
+    a = torch.ones(2**27 // 4, device=like.device)
+    b = torch.empty_like(a)
+    seconds = min(_seconds(lambda: torch.add(a, 1, out=b)) for _ in range(repeats))
+    return 2 * a.nbytes / seconds
+
+
+def _rate(like: Tensor, n: int = 2048, repeats: int = 5) -> float:
+    """Operations a second of a large matrix product in the model's dtype."""
+    a = torch.ones(n, n, device=like.device, dtype=like.dtype)
+    seconds = min(_seconds(torch.mm, a, a) for _ in range(repeats))
+    return 2 * n**3 / seconds
+
+
+def print_result(result: Result, console: Console) -> None:
+    """The two forms side by side, and how far the engine is from the floor."""
+    slow, fast = result.straightforward, result.engine
+    table = Table()
+    for heading in ("", "straightforward", "engine", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for label, a, b, shown in (
+        ("seconds a step", slow.step, fast.step, "{:.4f}"),
+        ("seconds an edit", slow.edit, fast.edit, "{:.3f}"),
+        ("MB beyond the model", slow.memory / 1e6, fast.memory / 1e6, "{:.0f}"),
+    ):
+        table.add_row(label, shown.format(a), shown.format(b), f"{a / b:.1f}")
+    console.print(table)
+    console.print(f"the two forms' losses differ by {result.loss_difference:.1e} at most")
+    console.print(f"the engine's memory is {fast.memory / result.weight_bytes:.1f} × that of W in float32")
+    console.print(f"the floor of a step is {result.floor:.4f} s; the engine takes {fast.step / result.floor:.1f} × as long")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kdpo_easyedit.benchmark", description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="architecture, with random weights (default: small)")
+    parser.add_argument(
+        "--model", metavar="PATH", help="a model of Llama's layout or GPT-2's instead; the layer two thirds up is edited"
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda:0, mps … (default: cpu)")
+    parser.add_argument("--steps", type=int, default=8, help="of an edit (default: 8)")
+    parser.add_argument("--tokens", type=int, default=18, help="of prompt and target (default: 18)")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each form is timed (default: 5)")
+    options = parser.parse_args(arguments)
+
+    model, layer = load(options.shape, options.model, getattr(torch, options.dtype), options.device)
+    hparams = hyper_params(model, layer, options.steps, options.device)
+    console = Console(highlight=False)
+    console.print(
+        f"{options.model or options.shape}, layer {layer} of {model.config.num_hidden_layers}, {options.tokens} tokens, "
+        f"{options.steps} steps, {options.dtype} on {options.device} ({torch.get_num_threads()} threads)"
+    )
+    print_result(measure(model, hparams, options.tokens, repeats=options.repeats), console)
+
+
+def hyper_params(model: PreTrainedModel, layer: int, steps: int, device: str) -> KDPOHyperParams:
+    """The paper's hyper-parameters for a model of Llama's layout or GPT-2's."""
+    modules = next((m for m in _MODULES if m["layer_module_tmp"].format(0) in dict(model.named_modules())), _MODULES[0])
+    return KDPOHyperParams(alg_name="KDPO", model_name=(model, None), device=device, layers=[layer], num_steps=steps, **modules)
+
+
+def load(shape: str, path: str | None, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, int]:
+    """A model with random weights (or the one at ``path``), and the layer of it that is edited."""
+    if path:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        model.to(torch.device(device))  # type: ignore[arg-type]
+        return model, round(model.config.num_hidden_layers * 2 / 3)
+    torch.manual_seed(0)
+    config = deepcopy(SHAPES[shape].config)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model, SHAPES[shape].layer
+
+
+if __name__ == "__main__":
+    main()

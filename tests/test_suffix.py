@@ -1,0 +1,269 @@
+"""The replay of the layers above W against the plain full forward, on every architecture the README names."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import transformers
+from conftest import same_state, state
+from transformers import AutoModelForCausalLM
+
+from kdpo_easyedit import apply_kdpo_to_model, execute_kdpo
+from kdpo_easyedit.preference import pair_margin, preference_loss
+from kdpo_easyedit.suffix import Suffix, forward_as, frozen
+from kdpo_easyedit.weights import read, write
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 101, "bos_token_id": 0, "eos_token_id": 0}
+LLAMA = ("model.layers.{}", "mlp.down_proj")
+#: name → configuration class, its arguments, and where layers and W are.
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", COMMON, LLAMA),
+    "llama, tied": ("LlamaConfig", {**COMMON, "tie_word_embeddings": True}, LLAMA),
+    "llama, biases": ("LlamaConfig", {**COMMON, "mlp_bias": True, "attention_bias": True}, LLAMA),
+    "mistral": ("MistralConfig", {**COMMON, "sliding_window": 4}, LLAMA),
+    "qwen2": ("Qwen2Config", COMMON, LLAMA),
+    "qwen2, sliding": (
+        "Qwen2Config",
+        {**COMMON, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+        LLAMA,
+    ),
+    "qwen3": ("Qwen3Config", {**COMMON, "head_dim": 8}, LLAMA),
+    "gpt2": ("GPT2Config", GPT, ("transformer.h.{}", "mlp.c_proj")),
+    "gpt-j": ("GPTJConfig", {**GPT, "rotary_dim": 4}, ("transformer.h.{}", "mlp.fc_out")),  # a bias in the output layer
+    "gpt-neox": ("GPTNeoXConfig", COMMON, ("gpt_neox.layers.{}", "mlp.dense_4h_to_h")),
+    "phi3": ("Phi3Config", COMMON, LLAMA),
+    "gemma2": ("Gemma2Config", {**COMMON, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.2}, LLAMA),
+    "opt": (
+        "OPTConfig",
+        {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32},
+        ("model.decoder.layers.{}", "fc2"),
+    ),
+    "cohere": ("CohereConfig", {**COMMON, "logit_scale": 0.5, "bos_token_id": 1, "eos_token_id": 2}, LLAMA),
+    "granite": ("GraniteConfig", {**COMMON, "logits_scaling": 3.0, "residual_multiplier": 0.5}, LLAMA),
+}
+P, T = 7, 3
+
+
+def build(architecture: str, layers: tuple[int, ...] = (1,)):
+    """A random model in evaluation mode with weights large enough that every part matters, its layers, and the names of W."""
+    config, arguments, (layer, projection) = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**arguments)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model, layer, [f"{layer.format(n)}.{projection}.weight" for n in layers]
+
+
+def moved(model, names) -> dict[str, torch.Tensor]:
+    """Weights some way from where the model has them, as leaves."""
+    torch.manual_seed(1)
+    return {n: (w + 0.05 * torch.randn_like(w)).requires_grad_() for n, w in read(model, names).items()}
+
+
+def by_full_forward(model, names, weights, ids):
+    """The target's logits of the model with other weights written into it."""
+    return torch.func.functional_call(model, dict(weights), (ids,), {"use_cache": False}).logits[:, P - 1 : -1]
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 101, (1, P + T), generator=torch.Generator().manual_seed(0))
+
+
+def loss_and_gradients(margin, weights):
+    loss = preference_loss(margin, torch.tensor(0.3), 0.1)
+    return loss.item(), torch.autograd.grad(loss, list(weights.values()))
+
+
+@pytest.mark.parametrize("layers", [(1,), (3,), (0, 2, 3)], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradient_are_those_of_the_full_forward(architecture, layers, ids):
+    model, template, names = build(architecture, layers)
+    weights = moved(model, names)
+    with frozen(model), Suffix(model, read(model, names), template, ids, P) as suffix:
+        assert suffix.replays
+        negatives = suffix.own_logits[0].argmax(-1)
+        pairs = torch.stack((ids[0, P:], negatives), dim=-1)
+        margin = pair_margin(suffix.pair_logits(weights, pairs))
+        loss, gradients = loss_and_gradients(margin, weights)
+        logits = suffix.target_logits(weights)
+        own = suffix.own_logits
+    with frozen(model):
+        full = by_full_forward(model, names, weights, ids)
+        chosen, rejected = torch.log_softmax(full[0].float(), -1).gather(-1, pairs).unbind(-1)
+        expected, expected_gradients = loss_and_gradients((chosen - rejected).sum(), weights)
+        before = model(ids, use_cache=False).logits[:, P - 1 : -1]
+    torch.testing.assert_close(own, before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, full, rtol=1e-5, atol=2e-5)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
+        assert expected_gradient.norm() > 0
+        assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_two_sequences_in_one_batch(architecture, ids):
+    model, template, names = build(architecture)
+    weights = moved(model, names)
+    both = torch.cat((ids, ids.flip(1)))
+    with frozen(model), Suffix(model, read(model, names), template, both, P) as suffix:
+        assert suffix.replays
+        logits = suffix.target_logits(weights)
+    with frozen(model):
+        torch.testing.assert_close(logits, by_full_forward(model, names, weights, both), rtol=1e-5, atol=2e-5)
+
+
+def test_a_step_runs_nothing_below_w(ids):
+    model, template, names = build("llama", (2,))
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    with frozen(model), Suffix(model, read(model, names), template, ids, P) as suffix:
+        below = {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.act_fn"}
+        assert below <= set(ran)
+        ran.clear()
+        suffix.pair_logits(moved(model, names), torch.tensor([[1, 2]] * T))
+    assert not any(name.startswith(("model.layers.0.", "model.layers.1.")) for name in ran)
+    assert "model.layers.3.mlp.down_proj" in ran and "model.layers.2.mlp.down_proj" in ran
+
+
+def test_modules_are_as_they_were_afterwards(ids):
+    model, template, names = build("llama")
+    before = state(model)
+    with frozen(model), Suffix(model, read(model, names), template, ids, P) as suffix:
+        suffix.pair_logits(moved(model, names), torch.tensor([[1, 2]] * T))
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
+    assert same_state(before, state(model))
+
+
+def in_place(layer):
+    return lambda hidden, *args, **kwargs: type(layer).forward(layer, hidden.mul_(1.5), *args, **kwargs)
+
+
+def drifting():
+    calls = []
+
+    def forward(x):
+        calls.append(x)
+        return x * (1 + 0.01 * len(calls))
+
+    return forward
+
+
+def twice(model):
+    def forward(*args, **kwargs):
+        type(model).forward(model, *args, **kwargs)
+        return type(model).forward(model, *args, **kwargs)
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda m: forward_as(m.model.layers[1], in_place(m.model.layers[1])), "in place"),
+        (lambda m: forward_as(m.model.norm, drifting()), "the replayed logits differ"),
+        (lambda m: forward_as(m, lambda *a, **k: type(m).forward(m, *a, **k, logits_to_keep=1)), "all positions"),
+        (lambda m: forward_as(m, twice(m)), "more than once"),
+        (lambda m: forward_as(m, lambda *a, **k: type(m).forward(m, *a, **k)), None),
+    ],
+    ids=["in place", "changes from call to call", "few positions", "twice", "nothing"],
+)
+def test_what_cannot_be_replayed_runs_whole_and_says_why(spoil, reason, ids, caplog):
+    model, template, names = build("llama")
+    weights = moved(model, names)
+    with spoil(model), frozen(model), caplog.at_level(logging.WARNING):
+        expected = by_full_forward(model, names, weights, ids)
+        with Suffix(model, read(model, names), template, ids, P) as suffix:
+            assert suffix.replays is (reason is None)
+            if reason not in ("the replayed logits differ", "all positions"):  # these have no one answer
+                torch.testing.assert_close(suffix.target_logits(weights), expected, rtol=1e-5, atol=2e-5)
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == (reason is not None) and all(reason in message for message in said)
+
+
+def test_an_edit_is_the_same_with_and_without_replay(fresh, requests, hparams, monkeypatch):
+    model, tok = fresh
+    replayed, trace = execute_kdpo(model, tok, requests[0], hparams)
+    monkeypatch.setattr(Suffix, "_replay", lambda self: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(RuntimeError):  # an error that is none of the expected ones is not swallowed
+        execute_kdpo(model, tok, requests[0], hparams)
+    monkeypatch.undo()
+    layer = hparams.layer_module_tmp
+    hparams.layer_module_tmp = "transformer.h.{}.ln_1"  # W does not lie inside it
+    plain, plain_trace = execute_kdpo(model, tok, requests[0], hparams)
+    hparams.layer_module_tmp = layer
+    assert trace.negatives == plain_trace.negatives and trace.ended == plain_trace.ended
+    for ours, theirs in zip(trace.losses, plain_trace.losses):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    (name,) = replayed
+    change, plain_change = (w[name] - model.state_dict()[name] for w in (replayed, plain))
+    assert (change - plain_change).norm() < 1e-3 * change.norm()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_models_have_a_float32_gradient(architecture, dtype, ids):
+    model, template, names = build(architecture)
+    weights = moved(model, names)
+    exact = torch.autograd.grad(
+        pair_margin(by_full_forward(model, names, weights, ids)[0].gather(-1, torch.tensor([[1, 2]] * T))),
+        list(weights.values()),
+    )[0]
+    model.to(dtype)
+    with frozen(model), Suffix(model, read(model, names), template, ids, P) as suffix:
+        assert suffix.replays
+        margin = pair_margin(suffix.pair_logits(weights, torch.tensor([[1, 2]] * T)))
+        (gradient,) = torch.autograd.grad(margin, list(weights.values()))
+    assert gradient.dtype == torch.float32
+    assert (gradient - exact).norm() < (0.02 if dtype == torch.float16 else 0.1) * exact.norm()
+
+
+def test_small_gradients_survive_float16(fresh, requests, hparams):
+    """Close to the end of a cycle the loss is 1e-5, and what flows back is beneath float16's numbers without a scale."""
+    model, tok = fresh
+    hparams.stop_crit, hparams.beta, hparams.cycles, hparams.num_steps = False, 1e-4, 1, 8
+    exact, _ = execute_kdpo(model, tok, requests[0], hparams)
+    (name,) = exact
+    before = model.state_dict()[name].clone()
+    model.half()
+    half, _ = execute_kdpo(model, tok, requests[0], hparams)
+    change, half_change = exact[name] - before, half[name].float() - before.half().float()
+    assert torch.nn.functional.cosine_similarity(change.flatten(), half_change.flatten(), dim=0) > 0.95
+
+
+def test_offloaded_models_are_edited(fresh, requests, hparams, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, tok = fresh
+    expected, _ = execute_kdpo(model, tok, requests[0], hparams)
+    (name,) = expected
+    before = model.state_dict()[name].clone()
+    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}
+    places |= {f"transformer.h.{n}": "disk" if n % 2 else "cpu" for n in range(4)}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert model.get_parameter(name).is_meta and model.get_parameter("transformer.h.1.mlp.c_proj.bias").is_meta
+
+    with torch.no_grad():
+        prompt = tok(requests[0]["prompt"], return_tensors="pt")
+        said = model(**prompt).logits
+        _, originals = apply_kdpo_to_model(model, tok, [requests[0]], hparams, return_orig_weights=True)
+        assert model.get_parameter(name).is_meta
+        torch.testing.assert_close(read(model, [name])[name], expected[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(originals[name], before)
+        assert not torch.equal(model(**prompt).logits, said)
+        write(model, originals)
+        assert torch.equal(model(**prompt).logits, said)
