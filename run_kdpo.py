@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 
 _DESCRIPTION = """\
@@ -18,7 +17,7 @@ Without arguments it edits a small model that is trained here, the first time, t
 _EXAMPLES = """\
 examples:
   python run_kdpo.py
-  python run_kdpo.py --editing_method KDPO ROME --sequential_edit --ds_size 50
+  python run_kdpo.py --editing_method KDPO FT ROME MEMIT --sequential_edit --ds_size 100 --metrics_save_dir hundred
   python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
 """
 
@@ -46,6 +45,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="sequential edits only, measured on the final model (default: single edits; for the world, both)",
     )
+    what.add_argument(
+        "--eval_at",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="after how many sequential edits to measure all of them so far (default: powers of ten, and the end)",
+    )
     data = parser.add_argument_group("the edits")
     data.add_argument("--data_dir", metavar="FILE", help="a benchmark file (default: the world's own)")
     data.add_argument(
@@ -56,16 +62,29 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--ds_size", type=int, metavar="N", help="how many records to take (default: all; of the world's, 20)")
     where = parser.add_argument_group("where")
     where.add_argument(
-        "--metrics_save_dir", default="output", metavar="DIR", help="each run makes a folder in it (default: output)"
+        "--metrics_save_dir",
+        default="output",
+        metavar="DIR",
+        help="the run's own folder; the same command goes on in it where it was stopped (default: output)",
+    )
+    where.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    where.add_argument(
+        "--save_edits", metavar="FILE", help="keep the sequential edits of one method as a file, for kdpo_easyedit.apply_edits"
+    )
+    where.add_argument(
+        "--save_model", metavar="DIR", help="keep the model with the sequential edits of one method, for from_pretrained"
     )
     where.add_argument(
         "--easyedit_dir", metavar="DIR", help="a clone of EasyEdit (default: EASYEDIT_HOME, or the installed one)"
     )
     where.add_argument("--device", help="cpu, cuda:0, mps … (default: what the YAML says)")
     where.add_argument("--seed", type=int, default=0, help="of all sampling (default: 0)")
+    where.add_argument("--quiet", action="store_true", help="no progress bars, for logs")
     options = parser.parse_args(arguments)
     if options.ds_size is not None and options.ds_size < 1:
         parser.error(f"--ds_size is {options.ds_size}; allowed: a whole number, 1 or above")
+    if min(options.eval_at or [1]) < 1:
+        parser.error(f"--eval_at is {options.eval_at}; allowed: whole numbers, 1 or above")
     return options
 
 
@@ -76,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         if type(error).__module__.partition(".")[0] == "kdpo_easyedit" or isinstance(error, ImportError):
@@ -91,10 +110,10 @@ def run(options: argparse.Namespace) -> int:
 
     transformers_logging.disable_progress_bar()
     # Importing the package finds EasyEdit, which takes a moment; --help should not.
-    from kdpo_easyedit import build_world, datasets, host, world
-    from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, compare
+    from kdpo_easyedit import build_world, datasets, world
+    from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, check, compare
     from kdpo_easyedit.hparams import load_hparams
-    from kdpo_easyedit.report import print_examples, print_tables, radar_chart
+    from kdpo_easyedit.report import curve_chart, print_examples, print_tables, radar_chart
 
     started = time.perf_counter()
     console = Console()
@@ -106,16 +125,30 @@ def run(options: argparse.Namespace) -> int:
     for method in methods:
         if options.device:
             method.hparams.device = options.device
-        host.check_device(method.hparams.device)
     protocols = [SEQUENTIAL] if options.sequential_edit else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
+    kept = {"save_edits": options.save_edits, "save_model": options.save_model}
+    kept = {key: Path(path) for key, path in kept.items() if path}
+    check(methods, protocols, **kept)
     if options.data_dir:
         requests = datasets.load_requests(options.data_dir, options.datatype, options.ds_size)
     else:
-        requests = datasets.load_requests(build_world().edits, size=options.ds_size or 20)
+        requests = datasets.load_requests(build_world(quiet=options.quiet).edits, size=options.ds_size or 20)
 
-    folder = Path(options.metrics_save_dir) / datetime.now().strftime("%Y%m%d-%H%M%S")
-    comparison = compare(methods, requests, protocols, folder, options.seed)
+    folder = Path(options.metrics_save_dir)
+    comparison = compare(
+        methods,
+        requests,
+        protocols,
+        folder,
+        seed=options.seed,
+        eval_at=options.eval_at,
+        quiet=options.quiet,
+        overwrite=options.overwrite,
+        **kept,
+    )
     radar_chart(comparison, folder / "radar.png")
+    if comparison.curve:
+        curve_chart(comparison.curve, folder / "curve.png")
     print_examples(methods[0].name, comparison.examples, console)
     print_tables(comparison, console)
     console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}")

@@ -7,25 +7,35 @@ model before any edit is measured once, for all.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
-from . import host
-from .datasets import Request
+from . import edits, host
+from .datasets import DatasetError, Request
+from .kdpo_main import EditTrace
+from .preference import edit_tokens, teacher_forced_negatives
+from .runs import RunFolder
+from .weights import read, write
 
 SINGLE, SEQUENTIAL = "single", "sequential"
 Metrics = dict[str, Any]
+Bar = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -74,11 +84,13 @@ class Comparison:
         before: the model before any edit.
         rows: one for every method and protocol.
         examples: some of the first method's single edits.
+        curve: one for every method and checkpoint of the sequential edits.
     """
 
     before: Summary
     rows: list[Summary]
     examples: list[Example]
+    curve: list[Summary]
 
 
 def compare(
@@ -87,99 +99,262 @@ def compare(
     protocols: Sequence[str],
     folder: Path,
     seed: int = 0,
+    eval_at: Sequence[int] | None = None,
     n_examples: int = 3,
+    quiet: bool = False,
+    overwrite: bool = False,
+    save_edits: Path | None = None,
+    save_model: Path | None = None,
 ) -> Comparison:
-    """Run every method under every protocol, and write what comes out into ``folder`` as it comes.
+    """Run every method under every protocol. What is done is in ``folder`` at once; the same call again goes on from there.
 
-    Written are ``metrics-METHOD-PROTOCOL.json`` in EasyEdit's format, ``summary.json``, and EasyEdit's own output in
-    ``logs/``. Under ``"single"`` the model is restored after each edit. Under ``"sequential"`` every edit starts from what
-    the last one left, and all are measured once, on the final model, as the paper does.
+    Under ``"single"`` the model is restored after each edit. Under ``"sequential"`` every edit starts from what the last one
+    left, and at every checkpoint all edits so far are measured on the model as it stands then; the last is the result.
+
+    Written are ``metrics-METHOD-PROTOCOL.json`` in EasyEdit's format (for earlier checkpoints ``…-at-N.json``),
+    ``summary.json``, for sequential edits ``curve.json``, a journal and the edited weights, and EasyEdit's own output in
+    ``logs/``.
 
     Args:
         methods: all on the same model.
         requests: the edits, as :func:`kdpo_easyedit.datasets.load_requests` gives them.
         protocols: ``"single"``, ``"sequential"`` or both.
-        folder: where to write; made if need be.
+        folder: the run's own; made if need be.
         seed: of all sampling: fluency's, and the contexts that ROME and MEMIT write.
+        eval_at: after how many sequential edits to measure; left out, at powers of ten and the end.
         n_examples: how many of the first method's single edits are told in words.
+        quiet: show no progress.
+        overwrite: start anew where the folder holds a run.
+        save_edits: a file for the sequential edits of the one method, for :func:`kdpo_easyedit.apply_edits`.
+        save_model: a folder for the model with the sequential edits of the one method, for ``from_pretrained``.
 
     Raises:
         HostError: methods of different models, or a model or device that cannot be had.
+        DatasetError: a request that the model has no room for.
+        RunError: a folder that cannot be used or written.
     """
     folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = [_settings(method.hparams) for method in methods]
-    if any(other != settings[0] for other in settings):
-        raise host.HostError(f"the methods are set to edit different models: {settings}; compare methods on one model")
+    save_edits, save_model = (path and path.resolve() for path in (save_edits, save_model))
+    check(methods, protocols, save_edits, save_model)
     methods = [Method(method.name, host.in_place(method.hparams)) for method in methods]
+    checkpoints = sorted({n for n in eval_at or _powers_of_ten(len(requests)) if n < len(requests)} | {len(requests)})
+    settings = {
+        "methods": {method.name: _plain(method.hparams) for method in methods},
+        "data": hashlib.sha256(json.dumps(requests).encode()).hexdigest(),
+        "protocols": list(protocols),
+        "checkpoints": checkpoints,
+        "seed": seed,
+        "versions": {"easyeditor": host.NAME} | {name: version(name) for name in ("kdpo-easyedit", "torch", "transformers")},
+    }
 
-    with host.output_to(folder):
-        host.forget_contexts()
+    with RunFolder(folder, settings, overwrite) as run, host.output_to(folder):
         first = host.BaseEditor(copy.copy(methods[0].hparams))
-        before: list[Metrics] = [
-            {"case_id": number, "requested_rewrite": request, "pre": _measure(first, first.model, request, seed)}
-            for number, request in enumerate(_progress(requests, "before editing"))
-        ]
-        result = Comparison(summarise("(before)", "", before, "pre"), [], [])
+        _check_room(requests, first.model, first.tok)
+        bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
+        before = _measure_before(run, first, requests, seed, bar)
+        result = Comparison(summarise("(before)", "", before, "pre"), [], [], [])
         for protocol in protocols:
             for method in methods:
                 editor = _editor(method, first, protocol)
-                metrics = copy.deepcopy(before)
-                _seed_everything(seed)
+                host.set_contexts({})
                 if protocol == SINGLE:
-                    examples = _edit_one_by_one(editor, metrics, method.name, seed, n_examples)
+                    examples = _edit_one_by_one(run, editor, before, method.name, seed, n_examples, bar)
                     result.examples = result.examples or examples
                 else:
-                    _edit_in_sequence(editor, metrics, method.name, seed)
-                write_json(folder / f"metrics-{method.name}-{protocol}.json", metrics)
+                    result.curve += _edit_in_sequence(
+                        run, editor, before, method.name, seed, checkpoints, bar, save_edits, save_model
+                    )
+                    run.write("curve.json", [asdict(row) for row in result.curve])
+                metrics = run.read(f"metrics-{method.name}-{protocol}.json")
                 result.rows.append(summarise(method.name, protocol, metrics, "post"))
-                write_json(folder / "summary.json", [asdict(row) for row in result.rows])
+                run.write("summary.json", [asdict(row) for row in result.rows])
     return result
 
 
-def _edit_one_by_one(editor: Any, metrics: list[Metrics], name: str, seed: int, n_examples: int) -> list[Example]:
-    """Fill in ``metrics`` for single edits; the first few are told in words."""
-    examples: list[Example] = []
-    for entry in _progress(metrics, f"{name}, single edits"):
-        request = entry["requested_rewrite"]
-        told = len(examples) < n_examples
-        said = say(editor.model, editor.tok, request["prompt"]) if told else ""
-        edited, originals = _timed_edit(editor, entry)
-        try:
-            entry["post"] = _measure(editor, edited, request, seed)
-            _compare_locality(entry)
-            if told:
-                now = say(edited, editor.tok, request["prompt"])
-                examples.append(Example(request["prompt"], request["target_new"], said, now))
-        finally:
-            host.undo_edits(editor, edited, originals)
-    return examples
+def check(
+    methods: Sequence[Method], protocols: Sequence[str], save_edits: Path | None = None, save_model: Path | None = None
+) -> None:
+    """Whether :func:`compare` can do what it is asked, before anything is loaded.
+
+    Raises:
+        HostError: it cannot.
+    """
+    for method in methods:
+        if SEQUENTIAL in protocols and not host.edits_weights(method.hparams):
+            raise host.HostError(
+                f"{method.name} keeps its edits in adapters beside the model's weights; sequential edits, which are saved and "
+                f"resumed as weights, are for {', '.join(host.EDITING_WEIGHTS)}. Single edits work with {method.name} too"
+            )
+    if (save_edits or save_model) and (len(methods) != 1 or SEQUENTIAL not in protocols):
+        raise host.HostError("save_edits and save_model keep the sequential edits of one method; name one method")
+    if save_model and save_model.exists():
+        raise host.HostError(f"save_model is {str(save_model)!r}, which is there already; name a new folder")
+    loading = [_settings(method.hparams) for method in methods]
+    if any(other != loading[0] for other in loading):
+        raise host.HostError(f"the methods are set to edit different models: {loading}; compare methods on one model")
+    if not getattr(methods[0].hparams, "model_parallel", False):
+        host.check_device(methods[0].hparams.device)
 
 
-def _edit_in_sequence(editor: Any, metrics: list[Metrics], name: str, seed: int) -> None:
-    """Fill in ``metrics`` for edits made one after another and measured at the end."""
-    first_edited: Any = None
-    originals: dict[str, torch.Tensor] = {}
+def _measure_before(run: RunFolder, editor: Any, requests: Sequence[Request], seed: int, bar: Bar) -> list[Metrics]:
+    """EasyEdit's metrics of the model before any edit, one entry a request."""
+    journal = run.journal("before.jsonl")
+    with bar(total=len(requests), initial=len(journal.entries), desc="before editing") as progress:
+        for request in requests[len(journal.entries) :]:
+            journal.append(_measure(editor, editor.model, request, seed))
+            progress.update()
+    return [
+        {"case_id": number, "requested_rewrite": request, "pre": pre}
+        for number, (request, pre) in enumerate(zip(requests, journal.entries))
+    ]
+
+
+def _edit_one_by_one(
+    run: RunFolder, editor: Any, before: Sequence[Metrics], name: str, seed: int, n_examples: int, bar: Bar
+) -> list[Example]:
+    """Single edits, each measured and taken back; the first few are told in words."""
+    journal = run.journal(f"{name}-{SINGLE}.jsonl")
+    with bar(total=len(before), initial=len(journal.entries), desc=f"{name}, single edits") as progress:
+        for entry in before[len(journal.entries) :]:
+            request, told = entry["requested_rewrite"], len(journal.entries) < n_examples
+            done: Metrics = {"said": say(editor.model, editor.tok, request["prompt"])} if told else {}
+            edit = _timed_edit(editor, request, seed)
+            try:
+                done |= {"time": edit.seconds, "post": _measure_after(editor, edit.model, entry, seed)}
+                if told:
+                    done["says"] = say(edit.model, editor.tok, request["prompt"])
+            finally:
+                host.undo_edits(editor, edit.model, edit.originals)
+            journal.append(done)
+            progress.set_postfix_str(_running(journal.entries), refresh=False)
+            progress.update()
+    done_so_far = list(zip(before, journal.entries))
+    run.write(
+        f"metrics-{name}-{SINGLE}.json", [entry | {key: done[key] for key in ("post", "time")} for entry, done in done_so_far]
+    )
+    return [
+        Example(entry["requested_rewrite"]["prompt"], entry["requested_rewrite"]["target_new"], done["said"], done["says"])
+        for entry, done in done_so_far
+        if "says" in done
+    ]
+
+
+# The edited weights are on disk at every checkpoint, and after this many edits or seconds.
+_SAVE_EDITS, _SAVE_SECONDS = 25, 60
+
+
+def _edit_in_sequence(
+    run: RunFolder,
+    editor: Any,
+    before: Sequence[Metrics],
+    name: str,
+    seed: int,
+    checkpoints: Sequence[int],
+    bar: Bar,
+    save_edits: Path | None,
+    save_model: Path | None,
+) -> list[Summary]:
+    """Edits made one after another; at every checkpoint all so far are measured. Returns a row a checkpoint.
+
+    A run that was cut off goes on from the last weights on disk. What an edit samples follows from the seed and its number,
+    and ROME's and MEMIT's contexts are kept with the weights, so that nothing tells the difference afterwards.
+    """
+    journal = run.journal(f"{name}-{SEQUENTIAL}.jsonl")
+    weights, notes = run.read_weights(f"weights-{name}.safetensors")
+    finished = notes.get("edits", 0)
+    journal.cut(finished)
+    originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
+    edited, rows = editor.model, []
     try:
-        for entry in _progress(metrics, f"{name}, sequential edits"):
-            edited, changed = _timed_edit(editor, entry)
-            first_edited = first_edited or edited
-            originals = changed | originals
-        for entry in _progress(metrics, f"{name}, metrics after all edits"):
-            entry["post"] = _measure(editor, edited, entry["requested_rewrite"], seed)
-            _compare_locality(entry)
+        write(editor.model, weights)
+        host.set_contexts(notes.get("contexts", {}))
+        saved_at = time.monotonic()
+        with bar(total=len(before), initial=finished, desc=f"{name}, sequential edits") as progress:
+            for checkpoint in checkpoints:
+                for entry in before[len(journal.entries) : checkpoint]:
+                    edit = _timed_edit(editor, entry["requested_rewrite"], seed + len(journal.entries))
+                    edited, originals = edit.model, edit.originals | originals
+                    journal.append({"time": edit.seconds, **edit.trace})
+                    progress.set_postfix_str(_running(journal.entries), refresh=False)
+                    progress.update()
+                    made = len(journal.entries)
+                    due = made - finished >= _SAVE_EDITS or time.monotonic() - saved_at >= _SAVE_SECONDS
+                    if due or made == checkpoint:
+                        notes = {"edits": made, "contexts": host.contexts()}
+                        run.write_weights(f"weights-{name}.safetensors", read(edited, originals), notes)
+                        finished, saved_at = made, time.monotonic()
+
+                last = checkpoint == checkpoints[-1]
+                file = f"metrics-{name}-{SEQUENTIAL}{'' if last else f'-at-{checkpoint}'}.json"
+                metrics = run.read(file)
+                if metrics is None:
+                    metrics = []
+                    described = f"{name}, metrics after {checkpoint} edits"
+                    pairs = zip(before[:checkpoint], journal.entries)
+                    for entry, done in bar(pairs, total=checkpoint, desc=described, leave=last):
+                        metrics.append(entry | {"time": done["time"], "post": _measure_after(editor, edited, entry, seed)})
+                    run.write(file, metrics)
+                rows.append(summarise(name, SEQUENTIAL, metrics, "post"))
+        if save_edits:
+            requests = [entry["requested_rewrite"] for entry in before]
+            edits.save_edits(save_edits, edited, originals, requests, _plain(editor.hparams))
+        if save_model:
+            _save_model(edited, save_model)
     finally:
-        if first_edited is not None:
-            host.undo_edits(editor, first_edited, originals)
+        host.undo_edits(editor, edited, originals)
+    return rows
 
 
-def _timed_edit(editor: Any, entry: Metrics) -> tuple[Any, dict[str, torch.Tensor]]:
+def _save_model(model: Any, folder: Path) -> None:
+    """Write a model with its tokenizer, whole or not at all, for ``from_pretrained``."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-unfinished-") as parent:
+        unfinished = Path(parent) / folder.name
+        model.save_pretrained(unfinished)
+        # EasyEdit has set the one in use to pad as it needs it.
+        AutoTokenizer.from_pretrained(model.config.name_or_path).save_pretrained(unfinished)
+        unfinished.rename(folder)
+
+
+def _running(entries: Sequence[Metrics]) -> str:
+    """What a progress bar says of the edits so far."""
+    said = [e["final_token_accuracy"] for e in entries if "final_token_accuracy" in e]
+    said += [float(np.mean(e["post"]["rewrite_acc"])) for e in entries if "post" in e]
+    steps = [e["steps"] for e in entries if "steps" in e]
+    words = [f"edit success {np.mean(said):.0%}"] if said else []
+    return ", ".join(words + ([f"{np.mean(steps):.1f} steps an edit"] if steps else []))
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """One edit, made: the model, the changed weights as they were, how long it took, and what the method tells of it."""
+
+    model: Any
+    originals: dict[str, torch.Tensor]
+    seconds: float
+    trace: dict[str, Any]
+
+
+def _timed_edit(editor: Any, request: Request, seed: int) -> _Edit:
+    _seed_everything(seed)
+    traces: list[EditTrace] = []
     started = time.perf_counter()
-    edited, originals = host.apply_edit(editor, entry["requested_rewrite"])
+    model, originals = host.apply_edit(editor, request, traces)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    entry["time"] = time.perf_counter() - started
-    return edited, originals
+    seconds = time.perf_counter() - started
+    if traces:
+        return _Edit(model, originals, seconds, traces[0].to_dict())
+    accuracy = token_accuracy(model, editor.tok, request)
+    return _Edit(model, originals, seconds, {"final_token_accuracy": accuracy})
+
+
+def token_accuracy(model: Any, tok: Any, request: Request) -> float:
+    """The share of the target's tokens that the model says under teacher forcing."""
+    tokens = edit_tokens(tok, request["prompt"], request["target_new"], model.device)
+    with torch.no_grad():
+        logits = model(input_ids=tokens.input_ids).logits[0, tokens.prompt_length - 1 : -1]
+    return (teacher_forced_negatives(logits) == tokens.targets).double().mean().item()
 
 
 def _measure(editor: Any, model: Any, request: Request, seed: int) -> Metrics:
@@ -187,12 +362,14 @@ def _measure(editor: Any, model: Any, request: Request, seed: int) -> Metrics:
     return host.edit_quality(editor, model, request)
 
 
-def _compare_locality(entry: Metrics) -> None:
-    """Locality: the share of tokens that the model predicts as it did before the edit, for every prompt of every kind."""
-    before, after = entry["pre"]["locality"], entry["post"]["locality"]
+def _measure_after(editor: Any, model: Any, entry: Metrics, seed: int) -> Metrics:
+    """EasyEdit's metrics of an edited model, with locality: the share of tokens that it says as it did before the edit."""
+    post = _measure(editor, model, entry["requested_rewrite"], seed)
+    before, after = entry["pre"]["locality"], post["locality"]
     for kind in entry["requested_rewrite"]["locality"]:
         pairs = zip(before[f"{kind}_output"], after[f"{kind}_output"], strict=True)
         after[f"{kind}_acc"] = [float(np.mean(np.equal(old, new))) for old, new in pairs]
+    return post
 
 
 def summarise(method: str, protocol: str, metrics: Sequence[Metrics], phase: str) -> Summary:
@@ -233,11 +410,30 @@ def say(model: Any, tok: Any, prompt: str, max_new_tokens: int = 16) -> str:
     return re.split(r"(?<=[.!?])\s|\n", text, maxsplit=1)[0]
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    unfinished.replace(path)
+def _check_room(requests: Sequence[Request], model: Any, tok: Any) -> None:
+    room = getattr(model.config, "max_position_embeddings", None)
+    for number, request in enumerate(requests):
+        texts = {"prompt and target_new": f"{request['prompt']} {request['target_new']}"}
+        if "rephrase_prompt" in request:
+            texts["rephrase_prompt and target_new"] = f"{request['rephrase_prompt']} {request['target_new']}"
+        for section in ("locality", "portability"):
+            for kind, asked in request[section].items():
+                longest = max((f"{p} {a}" for p, a in zip(asked["prompt"], asked["ground_truth"])), key=len, default="")
+                texts[f"a prompt and answer of {section}.{kind}"] = longest
+        for what, text in texts.items():
+            length = len(tok(text)["input_ids"])
+            if room and length > room:
+                raise DatasetError(f"record {number}: {what} have {length} tokens, and the model takes {room}: {text[:60]!r}…")
+
+
+def _powers_of_ten(end: int) -> list[int]:
+    return [10**n for n in range(len(str(end)))]
+
+
+def _plain(hparams: Any) -> dict[str, Any]:
+    """Hyper-parameters as JSON can hold them."""
+    name = hparams.model_name if isinstance(hparams.model_name, str) else hparams.model_name[0].config.name_or_path
+    return json.loads(json.dumps(vars(hparams) | {"model_name": str(name)}, default=str))
 
 
 def _settings(hparams: Any) -> tuple[Any, ...]:
@@ -258,7 +454,3 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _progress(items: Sequence[Any], description: str) -> tqdm:
-    return tqdm(items, desc=description, unit="edit", file=sys.__stderr__)

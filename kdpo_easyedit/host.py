@@ -164,6 +164,7 @@ def _is_release() -> bool:
 
 easyeditor: Any = _import_easyedit()
 IS_RELEASE = _is_release()
+NAME = "release" if IS_RELEASE else "main"
 
 
 def _module(name: str) -> Any:
@@ -358,7 +359,7 @@ def _mend_generation() -> None:
         return generate_fast(Unmasked(model), *args, **kwargs)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("easyeditor.") and getattr(module, "generate_fast", None) is generate_fast:
+        if _is_easyedit(name) and getattr(module, "generate_fast", None) is generate_fast:
             module.generate_fast = unmasked  # type: ignore[attr-defined]
 
 
@@ -422,7 +423,13 @@ RELEASE_BEHAVIOUR = {
 }
 
 # The methods whose edits are weights, or adapters that can be unloaded: what a comparison can apply and undo.
-COMPARABLE = ("KDPO", "FT", "ROME", "R-ROME", "MEMIT", "EMMET", "PMET", "LoRA")
+EDITING_WEIGHTS = ("KDPO", "FT", "ROME", "R-ROME", "MEMIT", "EMMET", "PMET")
+COMPARABLE = (*EDITING_WEIGHTS, "LoRA")
+
+
+def edits_weights(hparams: Any) -> bool:
+    """Whether a method's edits are in the model's own weights."""
+    return hparams.alg_name in EDITING_WEIGHTS
 
 
 def hyper_params_class(method: str) -> type:
@@ -448,8 +455,11 @@ def edit_quality(editor: Any, model: Any, request: dict[str, Any], fluency: bool
     )
 
 
-def apply_edit(editor: Any, request: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """One edit by ``BaseEditor``'s method: the edited model, and the weights that it changed, as they were."""
+def apply_edit(editor: Any, request: dict[str, Any], traces: list[Any] | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
+    """One edit by ``BaseEditor``'s method: the edited model, and the weights that it changed, as they were.
+
+    KDPO adds its trace to ``traces``; the others take no notice of it.
+    """
     return editor.apply_algo(
         editor.model,
         editor.tok,
@@ -459,6 +469,7 @@ def apply_edit(editor: Any, request: dict[str, Any]) -> tuple[Any, dict[str, tor
         return_orig_weights=True,
         keep_original_weight=IS_RELEASE,
         train_ds=None,
+        traces=traces,
     )
 
 
@@ -471,11 +482,24 @@ def undo_edits(editor: Any, edited_model: Any, originals: dict[str, torch.Tensor
     write(editor.model, originals)
 
 
-def forget_contexts() -> None:
-    """Let ROME, MEMIT and their like write new contexts: they keep them for whatever model comes next."""
+def contexts() -> dict[str, Any]:
+    """The contexts that ROME, MEMIT and their like have written for the model at hand, by module."""
+    found = {name: getattr(module, _CONTEXTS, None) for name, module in list(sys.modules.items()) if _is_easyedit(name)}
+    return {name: written for name, written in found.items() if written is not None}
+
+
+def set_contexts(written: dict[str, Any]) -> None:
+    """Let ROME, MEMIT and their like use these contexts and no others; they would keep theirs for whatever model comes next."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("easyeditor.") and getattr(module, "CONTEXT_TEMPLATES_CACHE", None) is not None:
-            module.CONTEXT_TEMPLATES_CACHE = None  # type: ignore[attr-defined]
+        if _is_easyedit(name) and hasattr(module, _CONTEXTS):
+            setattr(module, _CONTEXTS, written.get(name))
+
+
+_CONTEXTS = "CONTEXT_TEMPLATES_CACHE"
+
+
+def _is_easyedit(module_name: str) -> bool:
+    return module_name.partition(".")[0] == "easyeditor"
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def apply_kdpo_to_model(
     copy: bool = False,
     return_orig_weights: bool = False,
     keep_original_weight: bool = False,
+    traces: list[EditTrace] | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, Weights]:
     """Edit a model: EasyEdit's interface, as ``apply_ft_to_model`` and its like.
@@ -72,6 +73,7 @@ def apply_kdpo_to_model(
         copy: edit a deep copy instead.
         return_orig_weights: return the weights as they were.
         keep_original_weight: EasyEdit's; its two versions take it differently, which the host module sees to.
+        traces: a list to add a trace of every edit to.
         kwargs: what EasyEdit passes to other methods; not read.
 
     Returns:
@@ -89,8 +91,10 @@ def apply_kdpo_to_model(
     originals = {name: weight.clone() for name, weight in read(model, hparams.edited_parameters(model)).items()}
     try:
         for request in requests:
-            weights, _ = execute_kdpo(model, tok, request, hparams)
+            weights, trace = execute_kdpo(model, tok, request, hparams)
             write(model, weights)
+            if traces is not None:
+                traces.append(trace)
     except BaseException:
         write(model, originals)
         raise

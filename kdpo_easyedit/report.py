@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -65,6 +66,8 @@ def _best(rows: Sequence[Summary], key: str) -> float | None:
 
 def print_examples(method: str, examples: Sequence[Example], console: Console) -> None:
     """Edits in words: the prompt, what the model said before, what it says now."""
+    if not examples:
+        return
     console.print(Text(f"\nThe first edits of {method}, in words", style="bold"))
     for example in examples:
         console.print(Text.assemble("\n  ", (example.prompt, "italic"), f"   → {example.target}"))
@@ -107,6 +110,39 @@ def radar_chart(comparison: Comparison, path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(handles), frameon=False, fontsize=11)
     figure.tight_layout(rect=(0, 0.06, 1, 0.98), w_pad=3)
+    _save(figure, path)
+
+
+def curve_chart(curve: Sequence[Summary], path: Path) -> None:
+    """Each measure over the number of sequential edits, all of them measured at that point: a line a method, as a PNG."""
+    methods = list(dict.fromkeys(row.method for row in curve))
+    ticks = sorted({row.n_edits for row in curve})
+    figure, axes = plt.subplots(1, len(_MEASURES), figsize=(3.1 * len(_MEASURES), 3.4))
+    for axis, (key, label) in zip(axes, _MEASURES.items()):
+        for number, method in enumerate(methods):
+            points = [
+                (row.n_edits, getattr(row, key)) for row in curve if row.method == method and getattr(row, key) is not None
+            ]
+            axis.plot(
+                *(zip(*points) if points else ([], [])), "o-", label=method, color=f"C{number}", linewidth=2, markersize=4
+            )
+        axis.set_title(label, fontsize=12)
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, labels=[str(n) for n in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel("edits")
+        axis.set_ylim(0, 1.15 * axis.get_ylim()[1] if key == "fluency" else 104)
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("percent")
+    axes[-1].set_ylabel("bits")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(handles), frameon=False, fontsize=11)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     figure.savefig(unfinished, format="png", dpi=130)
     plt.close(figure)

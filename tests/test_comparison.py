@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict
 
 import easyeditor
 import numpy as np
 import pytest
-import torch
 from conftest import on_main, same_state, state
 from test_host import arguments
 
 from kdpo_easyedit import host
-from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, compare, say, summarise, write_json
+from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, compare, say, summarise
+from kdpo_easyedit.datasets import DatasetError
 from kdpo_easyedit.hparams import load_hparams
 
 N = 3
@@ -57,10 +58,13 @@ def test_what_easyedit_prints_and_writes_is_in_the_runs_folder(run, capfd):
     log = (folder / "logs" / "easyedit.log").read_text()
     assert "Executing FT algo for" in log and "MEMIT request sample" in log
     assert capfd.readouterr().out == ""
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["logs", "summary.json"]
-        + [f"metrics-{m}-{p}.json" for m in ("KDPO", "FT", "ROME", "MEMIT") for p in (SINGLE, SEQUENTIAL)]
-    )
+    names = ("KDPO", "FT", "ROME", "MEMIT")
+    expected = {".lock", "logs", "run.json", "before.jsonl", "summary.json", "curve.json"}
+    for name in names:
+        expected |= {f"{name}-{p}.jsonl" for p in (SINGLE, SEQUENTIAL)}
+        expected |= {f"metrics-{name}-{p}.json" for p in (SINGLE, SEQUENTIAL, f"{SEQUENTIAL}-at-1")}
+        expected.add(f"weights-{name}.safetensors")
+    assert {path.name for path in folder.iterdir()} == expected
 
 
 @pytest.mark.parametrize("method", ["KDPO", "FT"])
@@ -163,10 +167,31 @@ def test_examples_are_in_words(run, loaded, requests):
         assert example.after.startswith(request["target_new"])
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "some.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": torch.ones(1)})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]
+def test_every_checkpoint_is_measured_on_the_model_as_it_stands_then(run, methods, requests):
+    comparison, folder = run
+    assert [(row.method, row.n_edits) for row in comparison.curve] == [
+        (name, n) for name in ("KDPO", "FT", "ROME", "MEMIT") for n in (1, N)
+    ]
+    assert json.loads((folder / "curve.json").read_text()) == [asdict(row) for row in comparison.curve]
+    assert [row for row in comparison.curve if row.n_edits == N] == [r for r in comparison.rows if r.protocol == SEQUENTIAL]
+    editor = host.BaseEditor(host.in_place(methods[1].hparams))
+    host.apply_edit(editor, requests[0])
+    (entry,) = json.loads((folder / "metrics-FT-sequential-at-1.json").read_text())
+    assert entry["post"]["rewrite_acc"] == host.edit_quality(editor, editor.model, requests[0])["rewrite_acc"]
+
+
+def test_what_the_model_has_no_room_for_is_refused_before_any_work(methods, requests, tmp_path):
+    long = {**requests[1], "rephrase_prompt": "word " * 300}
+    with pytest.raises(
+        DatasetError, match=r"record 1: rephrase_prompt and target_new have \d+ tokens, and the model takes 256"
+    ):
+        compare(methods[:1], [requests[0], long], [SINGLE], tmp_path)
+    assert not (tmp_path / "before.jsonl").exists()
+
+
+def test_methods_that_keep_their_edits_outside_the_weights_are_refused_in_sequence(methods, requests, tmp_path):
+    lora = copy.copy(methods[1].hparams)
+    lora.alg_name = "LoRA"
+    with pytest.raises(host.HostError, match="LoRA keeps its edits in adapters"):
+        compare([methods[0], Method("LoRA", lora)], requests[:1], [SEQUENTIAL], tmp_path / "run")
+    assert not (tmp_path / "run").exists()

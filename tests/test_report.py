@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from kdpo_easyedit.comparison import Comparison, Example, Summary
-from kdpo_easyedit.report import print_examples, print_tables, radar_chart
+from kdpo_easyedit.report import curve_chart, print_examples, print_tables, radar_chart
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def comparison() -> Comparison:
         Summary("ROME", "single", 20, 99.0, 91.0, 70.0, None, 5.5, 0.9),
         Summary("KDPO", "sequential", 20, 60.0, 50.0, 80.0, 20.0, 5.8, 0.03),
     ]
-    return Comparison(Summary("(before)", "", 20, 10.0, 11.0, None, 12.0, 5.95, None), rows, [])
+    return Comparison(Summary("(before)", "", 20, 10.0, 11.0, None, 12.0, 5.95, None), rows, [], [rows[2]])
 
 
 def printed(print_, *arguments, width: int = 100) -> str:
@@ -65,3 +66,11 @@ def test_the_radar_chart_is_a_picture_with_a_polygon_a_method(comparison, tmp_pa
     assert picture.shape[0] > 500 and picture.shape[1] > 1000
     for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # the first two of matplotlib's cycle
         assert (np.abs(picture - np.array(colour) / 255).max(-1) < 0.02).sum() > 300
+
+
+def test_the_curve_chart_has_a_line_a_method(comparison, tmp_path):
+    rows = [replace(row, method=m, n_edits=n) for row in comparison.curve for m in ("KDPO", "FT") for n in (1, 10, 100)]
+    curve_chart([*rows, replace(rows[-1], edit_success=10.0)], tmp_path / "curve.png")
+    assert list(tmp_path.iterdir()) == [tmp_path / "curve.png"]
+    picture = matplotlib.image.imread(tmp_path / "curve.png")[..., :3]
+    assert (np.abs(picture - np.array((0xFF, 0x7F, 0x0E)) / 255).max(-1) < 0.02).sum() > 300

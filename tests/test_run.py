@@ -60,6 +60,9 @@ def test_help_reads_well_and_needs_nothing(tmp_path):
         (["--data_dir", "data.json", "--ds_size", "7"], "ds_size is 7, and the file has 1"),
         (["--data_dir", "data.json", "--datatype", "zsre_ment"], "datatype is 'zsre_ment'; allowed: knowedit"),
         (["--ds_size", "0"], "--ds_size is 0"),
+        (["--eval_at", "10", "0"], "--eval_at is [10, 0]"),
+        (["--save_edits", "x"], "name one method"),
+        (["--editing_method", "WISE"], "editing_method is 'WISE'; allowed: KDPO"),
         (["--device", "cuda:99"], "device is 'cuda:99'"),
         (["--device", "gpu"], "device is 'gpu'"),
     ],
@@ -108,10 +111,11 @@ def test_data_files_are_edited_and_nothing_is_written_elsewhere(small_world, sma
         "--metrics_save_dir", "results", folder=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "results").iterdir()
+    folder = tmp_path / "results"
     assert {path.name for path in tmp_path.iterdir()} == {"data.json", "results"}
     assert {path.name for path in folder.iterdir()} == {
-        "logs", "metrics-KDPO-single.json", "summary.json", "radar.png",
+        ".lock", "run.json", "before.jsonl", "KDPO-single.jsonl", "metrics-KDPO-single.json", "summary.json", "radar.png",
+        "logs",
     }  # fmt: skip
     assert set(Path(os.environ["KDPO_CACHE"]).rglob("*")) == cache
     (row,) = json.loads((folder / "summary.json").read_text())
@@ -125,7 +129,7 @@ def test_the_default_run_is_the_main_job(tmp_path):
     """The first command of the README, world included."""
     done = run(folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "output").iterdir()
+    folder = tmp_path / "output"
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     rows = {(row["method"], row["protocol"]): row for row in json.loads((folder / "summary.json").read_text())}
     assert list(rows) == [(m, p) for p in ("single", "sequential") for m in ("KDPO", "FT", "ROME", "MEMIT")]
@@ -138,4 +142,6 @@ def test_the_default_run_is_the_main_job(tmp_path):
         assert len(metrics) == 20 and all("pre" in entry and "post" in entry for entry in metrics)
         assert f"{rows[method, protocol]['edit_success']:.1f}" in done.stdout
     assert matplotlib.image.imread(folder / "radar.png").shape[0] > 500
+    assert matplotlib.image.imread(folder / "curve.png").shape[1] > 1000
+    assert [r["n_edits"] for r in json.loads((folder / "curve.json").read_text()) if r["method"] == "KDPO"] == [1, 10, 20]
     assert done.stdout.count("before  ") == done.stdout.count("after   ") == 3

@@ -1,0 +1,190 @@
+"""A run's folder: what is done is on disk at once, whole, and only ever continued by the run that began it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+#: What a run writes, and so what ``overwrite`` removes.
+_OURS = (
+    "run.json", "summary.json", "curve.json", "metrics-*.json", "*.jsonl", "weights-*.safetensors", "*.png", "*.unfinished",
+    "logs/easyedit.log",
+)  # fmt: skip
+
+
+class RunError(RuntimeError):
+    """A run's folder cannot be used or written; the message names it and says what to do."""
+
+
+class RunFolder:
+    """The folder of one run. As a context manager it is this process's alone.
+
+    Args:
+        path: made if need be.
+        settings: everything the run's figures follow from, as JSON can hold it.
+        overwrite: start anew where there is a run already.
+
+    Raises:
+        RunError: on entering: another process is at work in the folder, it holds another run or something else, or it
+            cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))
+        self.overwrite = overwrite
+
+    def __enter__(self) -> RunFolder:
+        with _told(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock")  # the system lets go of it however the process ends
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise RunError(f"{self.path}: another process is at work here; wait for it, or name another folder") from None
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _claim(self) -> None:
+        record = self.path / "run.json"
+        if not record.exists():
+            if any(name != ".lock" for name in os.listdir(self.path)):
+                raise RunError(f"{self.path}: the folder is not empty, and what it holds is no run; name another")
+        elif self.overwrite:
+            for pattern in _OURS:
+                for file in self.path.glob(pattern):
+                    file.unlink()
+        else:
+            differences = _differences(self.read("run.json"), self.settings)
+            if differences:
+                raise RunError(
+                    f"{self.path}: the folder holds another run: {'; '.join(differences)}. Name another folder, or start "
+                    "anew in this one with --overwrite"
+                )
+        self.write("run.json", self.settings)
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        with _whole(self.path / name) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def read(self, name: str) -> Any:
+        """The content of a JSON file, or None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write_weights(self, name: str, weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Write weights, with notes that JSON can hold, whole or not at all."""
+        with _whole(self.path / name) as unfinished:
+            metadata = {key: json.dumps(value) for key, value in notes.items()}
+            save_file({key: weight.contiguous().cpu() for key, weight in weights.items()}, unfinished, metadata)
+
+    def read_weights(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights and notes; two empty mappings where there are none."""
+        path = self.path / name
+        if not path.exists():
+            return {}, {}
+        with safe_open(path, framework="pt") as file:
+            notes = {key: json.loads(value) for key, value in file.metadata().items()}
+            return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118
+
+    def journal(self, name: str) -> Journal:
+        """The journal of that name, with what it holds already."""
+        return Journal(self.path / name)
+
+
+class Journal:
+    """A file of JSON lines, each of them on disk before the next thing begins.
+
+    Attributes:
+        entries: what it holds. A last line that was cut off is dropped.
+
+    Raises:
+        RunError: a line before the last is not JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[Any] = []
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        whole = 0
+        for number, line in enumerate(lines[:-1]):  # what follows the last line's end was cut off
+            try:
+                self.entries.append(json.loads(line))
+            except ValueError:
+                if number < len(lines) - 2:
+                    raise RunError(f"{path}: line {number + 1} cannot be read; start anew with --overwrite") from None
+                break
+            whole += len(line) + 1
+        if lines:
+            with _told(path):
+                os.truncate(path, whole)
+
+    def append(self, entry: Any) -> None:
+        """Add a line."""
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        with _told(self.path), self.path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries.append(entry)
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first entries."""
+        if len(self.entries) > length:
+            del self.entries[length:]
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            with _whole(self.path) as unfinished:
+                unfinished.write_bytes(b"".join(lines[:length]))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """For a block that writes a file: under another name, which becomes its own once it is whole and on disk."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with _told(path):
+        try:
+            yield unfinished
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """For a block that writes: say what cannot be written, and why, and that what is done is kept."""
+    try:
+        yield
+    except OSError as error:
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to that"
+        raise RunError(
+            f"{path}: cannot be written: {error.strerror or error}. What was done is kept; {advice}, and the same command goes "
+            "on from there"
+        ) from error
+
+
+def _differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """What differs between two settings, in words."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [*one, *(key for key in other if key not in one)]
+        return [d for key in keys for d in _differences(one.get(key), other.get(key), f"{where}.{key}" if where else key)]
+    return [] if one == other else [f"{where} is {one!r} there and {other!r} here"]
