@@ -29,7 +29,8 @@ from .hparams import KDPOHyperParams
 from .kdpo_main import execute_kdpo
 from .weights import runs_on
 
-_MODULES: list[dict[str, Any]] = [
+#: The module names of the layouts that it knows: Llama's and GPT-2's.
+MODULES: list[dict[str, Any]] = [
     {
         "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
         "layer_module_tmp": "model.layers.{}",
@@ -333,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def hyper_params(model: PreTrainedModel, layer: int, steps: int, device: str) -> KDPOHyperParams:
     """The paper's hyper-parameters for a model of Llama's layout or GPT-2's."""
-    modules = next((m for m in _MODULES if m["layer_module_tmp"].format(0) in dict(model.named_modules())), _MODULES[0])
+    modules = next((m for m in MODULES if m["layer_module_tmp"].format(0) in dict(model.named_modules())), MODULES[0])
     return KDPOHyperParams(alg_name="KDPO", model_name=(model, None), device=device, layers=[layer], num_steps=steps, **modules)
 
 

@@ -180,11 +180,10 @@ def check(
         HostError: it cannot.
     """
     for method in methods:
-        if SEQUENTIAL in protocols and not host.edits_weights(method.hparams):
-            raise host.HostError(
-                f"{method.name} keeps its edits in adapters beside the model's weights; sequential edits, which are saved and "
-                f"resumed as weights, are for {', '.join(host.EDITING_WEIGHTS)}. Single edits work with {method.name} too"
-            )
+        if not host.edits_weights(method.hparams):
+            host.check_adapters(SEQUENTIAL in protocols)
+            if save_edits or save_model:
+                raise host.HostError(f"save_edits and save_model keep changed weights, and {method.name} changes none")
     if (save_edits or save_model) and (len(methods) != 1 or SEQUENTIAL not in protocols):
         raise host.HostError("save_edits and save_model keep the sequential edits of one method; name one method")
     if save_model and save_model.exists():
@@ -218,7 +217,7 @@ def _edit_one_by_one(
         for entry in before[len(journal.entries) :]:
             request, told = entry["requested_rewrite"], len(journal.entries) < n_examples
             done: Metrics = {"said": say(editor.model, editor.tok, request["prompt"])} if told else {}
-            edit = _timed_edit(editor, request, seed)
+            edit = _timed_edit(editor, editor.model, request, seed)
             try:
                 done |= {"time": edit.seconds, "post": _measure_after(editor, edit.model, entry, seed)}
                 if told:
@@ -263,16 +262,20 @@ def _edit_in_sequence(
     weights, notes = run.read_weights(f"weights-{name}.safetensors")
     finished = notes.get("edits", 0)
     journal.cut(finished)
-    originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
-    edited, rows = editor.model, []
+    in_weights = host.edits_weights(editor.hparams)
+    edited, originals, rows = editor.model, {}, []
+    if weights and not in_weights:  # any edit makes the adapter that the saved weights belong in
+        edited = _timed_edit(editor, editor.model, before[0]["requested_rewrite"], seed).model
+    elif weights:
+        originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
     try:
-        write(editor.model, weights)
+        write(edited, weights)
         host.set_contexts(notes.get("contexts", {}))
         saved_at = time.monotonic()
         with bar(total=len(before), initial=finished, desc=f"{name}, sequential edits") as progress:
             for checkpoint in checkpoints:
                 for entry in before[len(journal.entries) : checkpoint]:
-                    edit = _timed_edit(editor, entry["requested_rewrite"], seed + len(journal.entries))
+                    edit = _timed_edit(editor, edited, entry["requested_rewrite"], seed + len(journal.entries))
                     edited, originals = edit.model, edit.originals | originals
                     journal.append({"time": edit.seconds, **edit.trace})
                     progress.set_postfix_str(_running(journal.entries), refresh=False)
@@ -281,7 +284,8 @@ def _edit_in_sequence(
                     due = made - finished >= _SAVE_EDITS or time.monotonic() - saved_at >= _SAVE_SECONDS
                     if due or made == checkpoint:
                         notes = {"edits": made, "contexts": host.contexts()}
-                        run.write_weights(f"weights-{name}.safetensors", read(edited, originals), notes)
+                        names = originals if in_weights else host.adapter_weights(edited)
+                        run.write_weights(f"weights-{name}.safetensors", read(edited, names), notes)
                         finished, saved_at = made, time.monotonic()
 
                 last = checkpoint == checkpoints[-1]
@@ -335,18 +339,18 @@ class _Edit:
     trace: dict[str, Any]
 
 
-def _timed_edit(editor: Any, request: Request, seed: int) -> _Edit:
+def _timed_edit(editor: Any, model: Any, request: Request, seed: int) -> _Edit:
     _seed_everything(seed)
     traces: list[EditTrace] = []
     started = time.perf_counter()
-    model, originals = host.apply_edit(editor, request, traces)
+    edited, originals = host.apply_edit(editor, model, request, traces)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     if traces:
-        return _Edit(model, originals, seconds, traces[0].to_dict())
-    accuracy = token_accuracy(model, editor.tok, request)
-    return _Edit(model, originals, seconds, {"final_token_accuracy": accuracy})
+        return _Edit(edited, originals, seconds, traces[0].to_dict())
+    accuracy = token_accuracy(edited, editor.tok, request)
+    return _Edit(edited, originals, seconds, {"final_token_accuracy": accuracy})
 
 
 def token_accuracy(model: Any, tok: Any, request: Request) -> float:
@@ -444,7 +448,9 @@ def _settings(hparams: Any) -> tuple[Any, ...]:
 def _editor(method: Method, loaded: Any, protocol: str) -> Any:
     """EasyEdit's editor of a method, on the model that another editor has loaded."""
     hparams = copy.copy(method.hparams)
-    hparams.model_name = (loaded.model, loaded.tok)
+    # What wraps the model also changes it; it gets one of its own.
+    model = loaded.model if host.edits_weights(hparams) else copy.deepcopy(loaded.model)
+    hparams.model_name = (model, loaded.tok)
     if hasattr(hparams, "sequential_edit"):
         hparams.sequential_edit = protocol == SEQUENTIAL
     return host.BaseEditor(hparams)

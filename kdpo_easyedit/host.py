@@ -428,8 +428,25 @@ COMPARABLE = (*EDITING_WEIGHTS, "LoRA")
 
 
 def edits_weights(hparams: Any) -> bool:
-    """Whether a method's edits are in the model's own weights."""
+    """Whether a method's edits are in the model's own weights; LoRA's are in an adapter beside them."""
     return hparams.alg_name in EDITING_WEIGHTS
+
+
+def adapter_weights(model: Any) -> list[str]:
+    """The names of an adapter's weights."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def check_adapters(sequential: bool) -> None:
+    """Whether methods that keep their edits in an adapter run here.
+
+    Raises:
+        HostError: they do not.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise HostError("LoRA needs the package peft, which is not here: pip install peft")
+    if sequential and IS_RELEASE:
+        raise HostError("LoRA begins a new adapter at every edit on EasyEdit's release; sequential edits need its main branch")
 
 
 def hyper_params_class(method: str) -> type:
@@ -455,13 +472,15 @@ def edit_quality(editor: Any, model: Any, request: dict[str, Any], fluency: bool
     )
 
 
-def apply_edit(editor: Any, request: dict[str, Any], traces: list[Any] | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
+def apply_edit(
+    editor: Any, model: Any, request: dict[str, Any], traces: list[Any] | None = None
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """One edit by ``BaseEditor``'s method: the edited model, and the weights that it changed, as they were.
 
     KDPO adds its trace to ``traces``; the others take no notice of it.
     """
     return editor.apply_algo(
-        editor.model,
+        model,
         editor.tok,
         [request],
         editor.hparams,
@@ -474,8 +493,8 @@ def apply_edit(editor: Any, request: dict[str, Any], traces: list[Any] | None = 
 
 
 def undo_edits(editor: Any, edited_model: Any, originals: dict[str, torch.Tensor]) -> None:
-    """Give ``editor.model`` back the weights that :func:`apply_edit` told of; adapters are unloaded."""
-    if editor.alg_name == "LoRA":
+    """Give ``editor.model`` back the weights that :func:`apply_edit` told of; an adapter is unloaded."""
+    if edited_model is not editor.model:
         edited_model.unload()
         if hasattr(editor.model, "peft_config"):
             del editor.model.peft_config

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdpo_easyedit
-from kdpo_easyedit import KDPOHyperParams, build_world, datasets
+from kdpo_easyedit import KDPOHyperParams, benchmark, build_world, datasets
 from kdpo_easyedit.world import Recipe, World
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -36,22 +36,7 @@ SMALL = Recipe(
     matrix_lr=0.02,
     other_lr=0.01,
 )
-GPT2_MODULES = {
-    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
-    "layer_module_tmp": "transformer.h.{}",
-    "mlp_module_tmp": "transformer.h.{}.mlp",
-    "attn_module_tmp": "transformer.h.{}.attn",
-    "ln_f_module": "transformer.ln_f",
-    "lm_head_module": "lm_head",
-}
-LLAMA_MODULES = {
-    "rewrite_module_tmp": "model.layers.{}.mlp.down_proj.weight",
-    "layer_module_tmp": "model.layers.{}",
-    "mlp_module_tmp": "model.layers.{}.mlp",
-    "attn_module_tmp": "model.layers.{}.self_attn",
-    "ln_f_module": "model.norm",
-    "lm_head_module": "lm_head",
-}
+LLAMA_MODULES, GPT2_MODULES = benchmark.MODULES
 
 
 @pytest.fixture(scope="session")

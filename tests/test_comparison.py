@@ -9,7 +9,9 @@ from dataclasses import asdict
 import easyeditor
 import numpy as np
 import pytest
-from conftest import on_main, same_state, state
+import yaml
+from conftest import ROOT, on_main, same_state, state
+from safetensors.torch import load_file
 from test_host import arguments
 
 from kdpo_easyedit import host
@@ -86,7 +88,7 @@ def test_single_edits_are_measured_as_base_editor_does(run, methods, requests, m
 def test_sequential_edits_are_measured_on_the_final_model(run, methods, requests):
     editor = host.BaseEditor(host.in_place(methods[1].hparams))
     for request in requests[:N]:
-        host.apply_edit(editor, request)
+        host.apply_edit(editor, editor.model, request)
     expected = [host.edit_quality(editor, editor.model, request, fluency=False) for request in requests[:N]]
     ours = json.loads((run[1] / "metrics-FT-sequential.json").read_text())
     for mine, other in zip(ours, expected):
@@ -175,7 +177,7 @@ def test_every_checkpoint_is_measured_on_the_model_as_it_stands_then(run, method
     assert json.loads((folder / "curve.json").read_text()) == [asdict(row) for row in comparison.curve]
     assert [row for row in comparison.curve if row.n_edits == N] == [r for r in comparison.rows if r.protocol == SEQUENTIAL]
     editor = host.BaseEditor(host.in_place(methods[1].hparams))
-    host.apply_edit(editor, requests[0])
+    host.apply_edit(editor, editor.model, requests[0])
     (entry,) = json.loads((folder / "metrics-FT-sequential-at-1.json").read_text())
     assert entry["post"]["rewrite_acc"] == host.edit_quality(editor, editor.model, requests[0])["rewrite_acc"]
 
@@ -189,9 +191,56 @@ def test_what_the_model_has_no_room_for_is_refused_before_any_work(methods, requ
     assert not (tmp_path / "before.jsonl").exists()
 
 
-def test_methods_that_keep_their_edits_outside_the_weights_are_refused_in_sequence(methods, requests, tmp_path):
-    lora = copy.copy(methods[1].hparams)
-    lora.alg_name = "LoRA"
-    with pytest.raises(host.HostError, match="LoRA keeps its edits in adapters"):
-        compare([methods[0], Method("LoRA", lora)], requests[:1], [SEQUENTIAL], tmp_path / "run")
+@pytest.fixture
+def lora(small_world, tmp_path):
+    pytest.importorskip("peft")
+    config = yaml.safe_load((ROOT / "hparams" / "LoRA" / "world.yaml").read_text())
+    path = tmp_path / "lora.yaml"
+    path.write_text(yaml.safe_dump({**config, "model_name": str(small_world.folder)}))
+    return Method("LoRA", load_hparams("LoRA", path))
+
+
+@pytest.mark.skipif(not on_main(), reason="LoRA's sequential edits are for EasyEdit's main branch")
+def test_lora_keeps_its_edits_in_an_adapter_and_the_next_method_does_not_see_them(methods, lora, requests, tmp_path):
+    """Cut off in the middle it goes on to the same end, and what comes after it gets the model as it was."""
+    whole = compare([lora, methods[0]], requests[:4], [SINGLE, SEQUENTIAL], tmp_path / "whole", eval_at=[2])
+    assert [row.edit_success for row in whole.rows if (row.method, row.protocol) == ("LoRA", SINGLE)] == [100]
+    alone = compare([methods[0]], requests[:4], [SINGLE, SEQUENTIAL], tmp_path / "alone", eval_at=[2])
+    untimed = [asdict(row) | {"seconds_per_edit": 0} for row in whole.rows if row.method == "KDPO"]
+    assert untimed == [asdict(row) | {"seconds_per_edit": 0} for row in alone.rows]
+
+    adapter = load_file(tmp_path / "whole" / "weights-LoRA.safetensors")
+    assert adapter and all("lora" in name for name in adapter)
+    edit, edits = host.apply_edit, []
+
+    def stopping(*arguments):
+        edits.append(arguments)
+        if len(edits) == 4:
+            raise KeyboardInterrupt
+        return edit(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "apply_edit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            compare([lora], requests[:4], [SEQUENTIAL], tmp_path / "cut", eval_at=[2])
+    again = compare([lora], requests[:4], [SEQUENTIAL], tmp_path / "cut", eval_at=[2])
+    assert same_state(adapter, load_file(tmp_path / "cut" / "weights-LoRA.safetensors"))
+    expected = next(row for row in whole.rows if (row.method, row.protocol) == ("LoRA", SEQUENTIAL))
+    assert asdict(again.rows[0]) | {"seconds_per_edit": 0} == asdict(expected) | {"seconds_per_edit": 0}
+
+
+def test_what_lora_lacks_is_told_before_any_work(methods, requests, tmp_path, monkeypatch):
+    hparams = copy.copy(methods[1].hparams)
+    hparams.alg_name = "LoRA"
+    method = Method("LoRA", hparams)
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(host.HostError, match="pip install peft"):
+        compare([method], requests[:1], [SINGLE], tmp_path / "run")
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: "here")
+    monkeypatch.setattr(host, "IS_RELEASE", True)
+    with pytest.raises(host.HostError, match="sequential edits need its main branch"):
+        compare([method], requests[:1], [SEQUENTIAL], tmp_path / "run")
+    monkeypatch.setattr(host, "IS_RELEASE", False)
+    with pytest.raises(host.HostError, match="LoRA changes none"):
+        compare([method], requests[:1], [SEQUENTIAL], tmp_path / "run", save_edits=tmp_path / "x")
     assert not (tmp_path / "run").exists()
