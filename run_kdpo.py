@@ -57,9 +57,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--datatype",
         metavar="LAYOUT",
-        help="its layout: knowedit (also as zsre, recent or counterfact), wikibio, zsre_mend (default: seen from its keys)",
+        help="its layout: knowedit (also as zsre, recent or counterfact), wikibio, zsre_mend, counterfact_rome, flat "
+        "(default: seen from its keys)",
     )
     data.add_argument("--ds_size", type=int, metavar="N", help="how many records to take (default: all; of the world's, 20)")
+    data.add_argument("--shuffle", action="store_true", help="take the records in random order, by --seed")
     where = parser.add_argument_group("where")
     where.add_argument(
         "--metrics_save_dir",
@@ -129,10 +131,14 @@ def run(options: argparse.Namespace) -> int:
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
-    if options.data_dir:
-        requests = datasets.load_requests(options.data_dir, options.datatype, options.ds_size)
-    else:
-        requests = datasets.load_requests(build_world(quiet=options.quiet).edits, size=options.ds_size or 20)
+    data = options.data_dir or build_world(quiet=options.quiet).edits
+    requests = datasets.load_requests(
+        data,
+        options.datatype,
+        size=options.ds_size or (None if options.data_dir else 20),
+        shuffle=options.seed if options.shuffle else None,
+        need_subject=any("subject" in getattr(method.hparams, "fact_token", "") for method in methods),
+    )
 
     folder = Path(options.metrics_save_dir)
     comparison = compare(

@@ -73,7 +73,10 @@ def test_wikibio_and_a_subject_in_other_letters(tmp_path):
 
 
 def test_zsre_mend_with_and_without_portability(tmp_path):
-    more = MEND | {"portability": {"New Question": "Where does Bonn Brook's river end?", "New Answer": "the North Sea"}}
+    more = MEND | {
+        "src": f"Say: {MEND['src']}",
+        "portability": {"New Question": "Where does Bonn Brook's river end?", "New Answer": "the North Sea"},
+    }
     plain, ported = load_requests(written(tmp_path, MEND, more, MEND | {"alt": ""}))
     assert plain["prompt"] == MEND["src"] and plain["target_new"] == "the Elbe" and plain["ground_truth"] == "the Rhine"
     assert plain["locality"] == {"neighborhood": {"prompt": [MEND["loc"]], "ground_truth": ["88"]}}
@@ -84,10 +87,120 @@ def test_zsre_mend_with_and_without_portability(tmp_path):
 
 
 def test_size_takes_the_first_records(tmp_path):
-    path = written(tmp_path, ZSRE, ZSRE | {"target_new": "Chad"}, ZSRE | {"target_new": "Peru"})
+    prompts = [f"{word} {ZSRE['prompt']}" for word in ("Say:", "Now:")]
+    more = [ZSRE | {"prompt": prompt, "target_new": new} for prompt, new in zip(prompts, ("Chad", "Peru"))]
+    path = written(tmp_path, ZSRE, *more)
     assert [request["target_new"] for request in load_requests(path, size=2)] == ["Norway", "Chad"]
     with pytest.raises(DatasetError, match="ds_size is 4, and the file has 3 records"):
         load_requests(path, size=4)
+
+
+def test_counterfact_as_romes_authors_published_it(tmp_path):
+    record = {
+        "case_id": 0,
+        "requested_rewrite": {
+            "prompt": "The mother tongue of {} is",
+            "subject": "Ødegård",
+            "target_new": {"str": "French", "id": "Q150"},
+            "target_true": {"str": "Norwegian", "id": "Q9043"},
+        },
+        "paraphrase_prompts": ["Ødegård, a native", "Ødegård spoke"],
+        "neighborhood_prompts": ["Hamsun is a native speaker of", "The mother tongue of Ibsen is"],
+        "attribute_prompts": ["x"],
+    }
+    (request,) = load_requests(written(tmp_path, record))
+    assert request == {
+        "prompt": "The mother tongue of Ødegård is",
+        "target_new": "French",
+        "subject": "Ødegård",
+        "ground_truth": "Norwegian",
+        "rephrase_prompt": "Ødegård, a native",
+        "locality": {"neighborhood": {"prompt": record["neighborhood_prompts"], "ground_truth": ["Norwegian"] * 2}},
+        "portability": {},
+    }
+    for field, value, message in (
+        ("neighborhood_prompts", "x", "neighborhood_prompts is 'x'; expected a list of texts"),
+        ("requested_rewrite", {"prompt": "a"}, "subject is None; expected text"),
+        (
+            "requested_rewrite",
+            {**record["requested_rewrite"], "target_new": "French"},
+            "target_new is 'French'; expected a mapping",
+        ),
+    ):
+        with pytest.raises(DatasetError, match=f"record 0: {message}"):
+            load_requests(written(tmp_path, record | {field: value}))
+
+
+def test_flat_records_and_the_shortest(tmp_path):
+    flat = {
+        "prompt": "The capital of Peru is",
+        "target_new": "Oslo",
+        "subject": "Peru",
+        "ground_truth": "Lima",
+        "rephrase_prompt": "Peru's capital is",
+        "locality_prompt": "The capital of Chad is",
+        "locality_ground_truth": "N'Djamena",
+        "portability_prompt": "The capital of Peru lies in",
+        "portability_ground_truth": "Norway",
+    }
+    full, short = load_requests(written(tmp_path, flat, {"prompt": "Say", "target_new": "ü"}))
+    assert full["locality"] == {"neighborhood": {"prompt": ["The capital of Chad is"], "ground_truth": ["N'Djamena"]}}
+    assert full["portability"] == {"one_hop": {"prompt": ["The capital of Peru lies in"], "ground_truth": ["Norway"]}}
+    assert short == {
+        "prompt": "Say",
+        "target_new": "ü",
+        "subject": "",
+        "ground_truth": None,
+        "locality": {},
+        "portability": {},
+    }
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": p, "target_new": "x"}) for p in "abc"]
+    path.write_text("\n".join(lines[:2]) + "\n\n" + lines[2] + "\n")
+    assert [request["prompt"] for request in load_requests(path)] == ["a", "b", "c"]
+    path.write_text(lines[0])
+    assert len(load_requests(path)) == 1
+    path.write_text(lines[0] + "\n{'prompt'\n")
+    with pytest.raises(DatasetError, match="line 2 is no record"):
+        load_requests(path)
+
+
+def test_order_is_random_but_the_same_for_a_seed(tmp_path):
+    path = written(tmp_path, *({"prompt": str(n), "target_new": "x"} for n in range(20)))
+    first, again, other = ([r["prompt"] for r in load_requests(path, size=5, shuffle=seed)] for seed in (0, 0, 1))
+    assert first == again != other and first != ["0", "1", "2", "3", "4"] and len(set(first)) == 5
+
+
+def test_what_is_left_out_is_counted(tmp_path, caplog):
+    flat = {"prompt": "The capital of Peru is", "target_new": "Oslo", "subject": "PERU"}
+    path = written(tmp_path, flat, flat | {"target_new": "Rome"}, {"prompt": "Where?", "target_new": "here", "subject": "Chad"})
+    first, other = load_requests(path)
+    assert (first["target_new"], first["subject"], other["subject"]) == ("Oslo", "Peru", "")
+    assert "1 of 3 records with a prompt that was there before are left out" in caplog.text
+    assert len(load_requests(path, need_subject=True)) == 1
+    assert "1 of 3 records without their subject in the prompt are left out" in caplog.text
+    mend = {"subject": "a", "src": "a is", "alt": "", "loc": "nq question: x", "loc_ans": "y"}
+    with pytest.raises(DatasetError, match="at least one is needed, and the file has 0 records to edit"):
+        load_requests(written(tmp_path, mend))
+
+
+def test_answers_are_found_however_deep_they_are(tmp_path):
+    record = {
+        "prompt": "The capital of Peru is",
+        "target_new": "Oslo",
+        "subject": "Peru",
+        "ground_truth": [["", "Lima"], "Ciudad"],
+        "locality": {
+            "Forgetfulness": [{"prompt": "Peru has the capital", "ground_truth": [["Lima"], ["x"]]}],
+            "Relation_Specificity": [{"prompt": "Peru borders", "ground_truth": []}],
+        },
+    }
+    (request,) = load_requests(written(tmp_path, record))
+    assert request["ground_truth"] == "Lima"
+    assert request["locality"] == {"Forgetfulness": {"prompt": ["Peru has the capital"], "ground_truth": ["Lima"]}}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +208,8 @@ def test_size_takes_the_first_records(tmp_path):
     [
         (ZSRE | {"target_new": ""}, r"record 1: target_new is ''; expected text"),
         (ZSRE | {"prompt": None}, r"record 1: prompt is None"),
-        (ZSRE | {"subject": "Lake Superior"}, r"record 1: subject is 'Lake Superior', which does not stand in the prompt"),
+        (ZSRE | {"subject": 3}, r"record 1: subject is 3; expected text"),
+        ({"requested_rewrite": "x"}, r"record 1: prompt is None"),
         (ZSRE | {"locality": ["x"]}, r"record 1: locality is \['x'\]; expected a mapping"),
         (ZSRE | {"portability": {"Reasoning": "x"}}, r"record 1: portability.Reasoning is 'x'; expected a list"),
     ],
