@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -51,8 +52,12 @@ class Summary:
     """A row of a comparison: means over the edits, each of the mean over its prompts, in percent.
 
     Attributes:
+        edit_success, generalization: the share of the target's tokens that the model says after the prompt, or the rephrased
+            prompt, under teacher forcing.
+        generated_success, generated_generalization: how often it writes the target there on its own.
         fluency: n-gram entropy of what the model writes, in bits, as EasyEdit measures it.
         seconds_per_edit: wall-clock time of the edits alone.
+        intervals: 95 % confidence intervals of the measures, by bootstrap over the edits.
     """
 
     method: str
@@ -63,7 +68,10 @@ class Summary:
     locality: float | None
     portability: float | None
     fluency: float | None
+    generated_success: float | None
+    generated_generalization: float | None
     seconds_per_edit: float | None
+    intervals: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Comparison:
     Attributes:
         before: the model before any edit.
         rows: one for every method and protocol.
-        examples: some of the first method's single edits.
+        examples: some of the first method's edits.
         curve: one for every method and checkpoint of the sequential edits.
     """
 
@@ -100,7 +108,6 @@ def compare(
     folder: Path,
     seed: int = 0,
     eval_at: Sequence[int] | None = None,
-    n_examples: int = 3,
     quiet: bool = False,
     overwrite: bool = False,
     save_edits: Path | None = None,
@@ -122,7 +129,6 @@ def compare(
         folder: the run's own; made if need be.
         seed: of all sampling: fluency's, and the contexts that ROME and MEMIT write.
         eval_at: after how many sequential edits to measure; left out, at powers of ten and the end.
-        n_examples: how many of the first method's single edits are told in words.
         quiet: show no progress.
         overwrite: start anew where the folder holds a run.
         save_edits: a file for the sequential edits of the one method, for :func:`kdpo_easyedit.apply_edits`.
@@ -158,14 +164,14 @@ def compare(
                 editor = _editor(method, first, protocol)
                 host.set_contexts({})
                 if protocol == SINGLE:
-                    examples = _edit_one_by_one(run, editor, before, method.name, seed, n_examples, bar)
-                    result.examples = result.examples or examples
+                    _edit_one_by_one(run, editor, before, method.name, seed, bar)
                 else:
                     result.curve += _edit_in_sequence(
                         run, editor, before, method.name, seed, checkpoints, bar, save_edits, save_model
                     )
                     run.write("curve.json", [asdict(row) for row in result.curve])
                 metrics = run.read(f"metrics-{method.name}-{protocol}.json")
+                result.examples = result.examples or _examples(metrics)
                 result.rows.append(summarise(method.name, protocol, metrics, "post"))
                 run.write("summary.json", [asdict(row) for row in result.rows])
     return result
@@ -208,33 +214,36 @@ def _measure_before(run: RunFolder, editor: Any, requests: Sequence[Request], se
     ]
 
 
-def _edit_one_by_one(
-    run: RunFolder, editor: Any, before: Sequence[Metrics], name: str, seed: int, n_examples: int, bar: Bar
-) -> list[Example]:
-    """Single edits, each measured and taken back; the first few are told in words."""
+def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[Metrics], name: str, seed: int, bar: Bar) -> None:
+    """Single edits, each measured and taken back."""
     journal = run.journal(f"{name}-{SINGLE}.jsonl")
     with bar(total=len(before), initial=len(journal.entries), desc=f"{name}, single edits") as progress:
         for entry in before[len(journal.entries) :]:
-            request, told = entry["requested_rewrite"], len(journal.entries) < n_examples
-            done: Metrics = {"said": say(editor.model, editor.tok, request["prompt"])} if told else {}
-            edit = _timed_edit(editor, editor.model, request, seed)
+            edit = _timed_edit(editor, editor.model, entry["requested_rewrite"], seed)
             try:
-                done |= {"time": edit.seconds, "post": _measure_after(editor, edit.model, entry, seed)}
-                if told:
-                    done["says"] = say(edit.model, editor.tok, request["prompt"])
+                post = _measure_after(editor, edit.model, entry, seed)
             finally:
                 host.undo_edits(editor, edit.model, edit.originals)
-            journal.append(done)
+            journal.append({"time": edit.seconds, "post": post, **edit.trace})
             progress.set_postfix_str(_running(journal.entries), refresh=False)
             progress.update()
-    done_so_far = list(zip(before, journal.entries))
-    run.write(
-        f"metrics-{name}-{SINGLE}.json", [entry | {key: done[key] for key in ("post", "time")} for entry, done in done_so_far]
-    )
+    metrics = [entry | {key: done[key] for key in ("time", "post")} for entry, done in zip(before, journal.entries)]
+    run.write(f"metrics-{name}-{SINGLE}.json", metrics)
+
+
+def _examples(metrics: Sequence[Metrics], n: int = 3) -> list[Example]:
+    """Some edits in words, as far as the end of what the model says first."""
+
+    def first_sentence(text: str) -> str:
+        return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
+
     return [
-        Example(entry["requested_rewrite"]["prompt"], entry["requested_rewrite"]["target_new"], done["said"], done["says"])
-        for entry, done in done_so_far
-        if "says" in done
+        Example(
+            entry["requested_rewrite"]["prompt"],
+            entry["requested_rewrite"]["target_new"],
+            *(first_sentence(entry[phase]["generated"]["rewrite"]) for phase in ("pre", "post")),
+        )
+        for entry in metrics[:n]
     ]
 
 
@@ -322,8 +331,7 @@ def _save_model(model: Any, folder: Path) -> None:
 
 def _running(entries: Sequence[Metrics]) -> str:
     """What a progress bar says of the edits so far."""
-    said = [e["final_token_accuracy"] for e in entries if "final_token_accuracy" in e]
-    said += [float(np.mean(e["post"]["rewrite_acc"])) for e in entries if "post" in e]
+    said = [e["final_token_accuracy"] for e in entries]
     steps = [e["steps"] for e in entries if "steps" in e]
     words = [f"edit success {np.mean(said):.0%}"] if said else []
     return ", ".join(words + ([f"{np.mean(steps):.1f} steps an edit"] if steps else []))
@@ -362,8 +370,15 @@ def token_accuracy(model: Any, tok: Any, request: Request) -> float:
 
 
 def _measure(editor: Any, model: Any, request: Request, seed: int) -> Metrics:
+    """EasyEdit's metrics; beside them, what the model writes on its own, and whether that answers with the target."""
     _seed_everything(seed)  # so that what fluency samples does not hang on what was measured before
-    return host.edit_quality(editor, model, request)
+    metrics = host.edit_quality(editor, model, request)
+    metrics["generated"] = {}
+    for key, prompt in (("rewrite", request["prompt"]), ("rephrase", request.get("rephrase_prompt"))):
+        if prompt:
+            text = continuation(model, editor.tok, prompt, request["target_new"])
+            metrics["generated"] |= {key: text, f"{key}_acc": float(answers(text, request["target_new"]))}
+    return metrics
 
 
 def _measure_after(editor: Any, model: Any, entry: Metrics, seed: int) -> Metrics:
@@ -376,42 +391,60 @@ def _measure_after(editor: Any, model: Any, entry: Metrics, seed: int) -> Metric
     return post
 
 
+def per_edit(metrics: Sequence[Metrics], phase: str) -> dict[str, list[float | None]]:
+    """A :class:`Summary`'s measures of every edit, each the mean over the edit's prompts; None where it has none."""
+
+    def mean(value: Any, scale: float = 100.0) -> float | None:
+        return float(np.mean(value)) * scale if np.size(value) else None
+
+    def section(entry: Metrics, name: str) -> list[float]:
+        return [score for key, scores in entry[phase][name].items() if key.endswith("_acc") for score in scores]
+
+    return {
+        "edit_success": [mean(entry[phase]["rewrite_acc"]) for entry in metrics],
+        "generalization": [mean(entry[phase].get("rephrase_acc", [])) for entry in metrics],
+        "locality": [mean(section(entry, "locality")) for entry in metrics],
+        "portability": [mean(section(entry, "portability")) for entry in metrics],
+        "fluency": [mean(entry[phase]["fluency"]["ngram_entropy"], scale=1) for entry in metrics],
+        "generated_success": [mean(entry[phase]["generated"]["rewrite_acc"]) for entry in metrics],
+        "generated_generalization": [mean(entry[phase]["generated"].get("rephrase_acc", [])) for entry in metrics],
+        "seconds_per_edit": [entry.get("time") for entry in metrics],
+    }
+
+
 def summarise(method: str, protocol: str, metrics: Sequence[Metrics], phase: str) -> Summary:
-    """The means of a run's metrics.
+    """The means of a run's metrics over its edits, with intervals.
 
     Args:
         metrics: EasyEdit's, one entry an edit.
         phase: ``"pre"`` or ``"post"``.
     """
-
-    def mean(values: Iterable[Any], scale: float = 100.0) -> float | None:
-        found = [np.mean(value) for value in values if np.size(value)]
-        return round(float(np.mean(found)) * scale, 4) if found else None
-
-    def section(entry: Metrics, name: str) -> list[float]:
-        kinds = [value for key, value in entry[phase][name].items() if key.endswith("_acc")]
-        return [score for kind in kinds for score in kind]
-
-    return Summary(
-        method=method,
-        protocol=protocol,
-        n_edits=len(metrics),
-        edit_success=mean(entry[phase]["rewrite_acc"] for entry in metrics),
-        generalization=mean(entry[phase].get("rephrase_acc", []) for entry in metrics),
-        locality=mean(section(entry, "locality") for entry in metrics),
-        portability=mean(section(entry, "portability") for entry in metrics),
-        fluency=mean((entry[phase]["fluency"]["ngram_entropy"] for entry in metrics), scale=1),
-        seconds_per_edit=mean((entry.get("time", []) for entry in metrics), scale=1),
-    )
+    values = {key: [v for v in found if v is not None] for key, found in per_edit(metrics, phase).items()}
+    means = {key: round(float(np.mean(found)), 4) if found else None for key, found in values.items()}
+    intervals = {key: _interval(found) for key, found in values.items() if len(found) > 1 and key != "seconds_per_edit"}
+    return Summary(method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, **means)
 
 
-def say(model: Any, tok: Any, prompt: str, max_new_tokens: int = 16) -> str:
-    """What the model writes after a prompt, greedily, up to the end of its first sentence."""
+def _interval(values: Sequence[float], resamples: int = 1000) -> list[float]:
+    """The 95 % confidence interval of a mean."""
+    drawn = bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(0))
+    return [round(float(end), 4) for end in drawn.confidence_interval]
+
+
+def continuation(model: Any, tok: Any, prompt: str, target: str) -> str:
+    """What the model writes after a prompt, greedily, to the end of the line, with a little more room than the target needs."""
     inputs = tok(prompt, return_tensors="pt").to(model.device)
+    room = len(tok(f" {target}")["input_ids"]) + 8
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tok.pad_token_id)
+        output = model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=tok.pad_token_id)
     text = tok.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    return re.split(r"(?<=[.!?])\s|\n", text, maxsplit=1)[0]
+    return text.partition("\n")[0]
+
+
+def answers(text: str, target: str) -> bool:
+    """Whether a text begins with the target: the same words, whatever their case and the punctuation between them."""
+    said, wanted = (re.findall(r"\w+", words.casefold()) for words in (text, target))
+    return said[: len(wanted)] == wanted if wanted else text.startswith(target.strip())
 
 
 def _check_room(requests: Sequence[Request], model: Any, tok: Any) -> None:

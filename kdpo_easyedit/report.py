@@ -26,6 +26,8 @@ _MEASURES = {
     "locality": "locality",
     "fluency": "fluency",
 }
+# Measures under teacher forcing → the same by free generation.
+_GENERATED = {"edit_success": "generated_success", "generalization": "generated_generalization"}
 _PROTOCOLS = {
     SINGLE: "single edits, each from the original model",
     SEQUENTIAL: "sequential edits, measured on the final model",
@@ -47,11 +49,14 @@ def print_tables(comparison: Comparison, console: Console) -> None:
             for key in keys:
                 value = getattr(row, key)
                 shown = "–" if value is None else f"{value:.2f}" if key in ("fluency", "seconds_per_edit") else f"{value:.1f}"
+                generated = getattr(row, _GENERATED[key]) if key in _GENERATED else None
+                shown += "" if generated is None else f" ({generated:.0f})"
                 cells.append(Text(shown, style="bold" if row in rows and value is not None and value == best[key] else ""))
             table.add_row(row.method, *cells, style="dim" if row is comparison.before else "")
         console.print(table)
     console.print(
-        "in percent; fluency is n-gram entropy in bits; (before) is the unedited model on the same prompts",
+        "in percent, under teacher forcing; in brackets, how often the model writes the answer on its own;\n"
+        "fluency is n-gram entropy in bits; (before) is the unedited model on the same prompts",
         style="dim",
         highlight=False,
     )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_host import arguments
 
 from kdpo_easyedit import host
-from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, compare, say, summarise
+from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, answers, compare, continuation, summarise
 from kdpo_easyedit.datasets import DatasetError
 from kdpo_easyedit.hparams import load_hparams
 
@@ -105,7 +105,7 @@ def test_kdpo_is_told_which_protocol_it_runs_under(methods, requests, tmp_path, 
         return apply(model, tok, requests, hparams, **kwargs)
 
     monkeypatch.setitem(host.ALG_DICT, "KDPO", noted)
-    compare(methods[:1], requests[:1], [SINGLE, SEQUENTIAL], tmp_path, n_examples=0)
+    compare(methods[:1], requests[:1], [SINGLE, SEQUENTIAL], tmp_path)
     assert seen == [False, True] and methods[0].hparams.sequential_edit is False
 
 
@@ -143,7 +143,7 @@ def test_methods_on_different_models_are_refused(methods, requests, tmp_path):
 
 
 def test_a_summary_is_the_mean_over_edits_of_the_mean_over_prompts():
-    def entry(rewrite, locality, portability, seconds):
+    def entry(rewrite, locality, portability, seconds, generated):
         return {
             "time": seconds,
             "post": {
@@ -151,21 +151,71 @@ def test_a_summary_is_the_mean_over_edits_of_the_mean_over_prompts():
                 "locality": {"a_acc": locality[:1], "b_acc": locality[1:], "a_output": [[1]]},
                 "portability": {"c_acc": portability} if portability else {},
                 "fluency": {"ngram_entropy": 5.0},
+                "generated": {"rewrite": "x", "rewrite_acc": generated},
             },
         }
 
-    metrics = [entry([1.0], [0.0, 1.0, 1.0], [0.5], 2.0), entry([0.5], [1.0], [], 4.0)]
+    metrics = [entry([1.0], [0.0, 1.0, 1.0], [0.5], 2.0, 1.0), entry([0.5], [1.0], [], 4.0, 0.0)]
     row = summarise("X", SINGLE, metrics, "post")
     assert (row.edit_success, row.portability, row.fluency, row.seconds_per_edit) == (75, 50, 5, 3)
     assert row.locality == pytest.approx(np.mean([2 / 3, 1]) * 100, abs=1e-3)
-    assert row.generalization is None
+    assert row.generalization is None and row.generated_success == 50 and row.generated_generalization is None
+    assert row.intervals["edit_success"] == [50, 100] and "portability" not in row.intervals
 
 
-def test_examples_are_in_words(run, loaded, requests):
+def test_intervals_cover_the_mean_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    entries = [
+        [
+            {
+                "post": {
+                    "rewrite_acc": [float(rng.random() < 0.7)],
+                    "locality": {},
+                    "portability": {},
+                    "fluency": {"ngram_entropy": 1.0},
+                    "generated": {"rewrite_acc": 1.0},
+                }
+            }
+            for _ in range(60)
+        ]
+        for _ in range(100)
+    ]
+    found = [summarise("X", SINGLE, metrics, "post").intervals["edit_success"] for metrics in entries]
+    assert 88 <= sum(low <= 70 <= high for low, high in found) <= 99
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "answered"),
+    [
+        ("Oslo.", "Oslo", True),
+        ("oslo, of course", "Oslo", True),
+        ("Oslofjord", "Oslo", False),
+        ("in Oslo", "Oslo", False),
+        ("New-York City", "new york", True),
+        ("", "Oslo", False),
+        ("Ødegård!", "ødegård", True),
+        ("…", "…", True),
+    ],
+)
+def test_an_answer_is_what_the_text_begins_with(text, target, answered):
+    assert answers(text, target) is answered
+
+
+def test_what_the_model_writes_is_kept_for_every_edit(run, loaded, requests):
+    _, folder = run
+    for entry, request in zip(json.loads((folder / "metrics-KDPO-single.json").read_text()), requests):
+        pre, post = entry["pre"]["generated"], entry["post"]["generated"]
+        assert pre["rewrite"] == continuation(*loaded, request["prompt"], request["target_new"])
+        assert pre["rewrite"].startswith(request["ground_truth"]) and pre["rewrite_acc"] == 0
+        assert post["rewrite"].startswith(request["target_new"]) and post["rewrite_acc"] == 1
+        assert post["rephrase_acc"] in (0, 1)
+
+
+def test_examples_are_in_words(run, requests):
     examples = run[0].examples
     assert [example.prompt for example in examples] == [request["prompt"] for request in requests[:N]]
     for example, request in zip(examples, requests):
-        assert example.before == f"{request['ground_truth']}." == say(*loaded, request["prompt"])
+        assert example.before == f"{request['ground_truth']}."
         assert example.after.startswith(request["target_new"])
 
 

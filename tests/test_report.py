@@ -17,12 +17,18 @@ from kdpo_easyedit.report import curve_chart, print_examples, print_tables, rada
 
 @pytest.fixture
 def comparison() -> Comparison:
+    def row(method, protocol, *values):
+        keys = ("edit_success", "generalization", "locality", "portability", "fluency", "generated_success")
+        given = dict(zip((*keys, "seconds_per_edit"), values))
+        return Summary(method=method, protocol=protocol, n_edits=20, generated_generalization=None, intervals={}, **given)
+
     rows = [
-        Summary("KDPO", "single", 20, 100.0, 90.0, 95.0, 40.0, 5.9, 0.02),
-        Summary("ROME", "single", 20, 99.0, 91.0, 70.0, None, 5.5, 0.9),
-        Summary("KDPO", "sequential", 20, 60.0, 50.0, 80.0, 20.0, 5.8, 0.03),
+        row("KDPO", "single", 100.0, 90.0, 95.0, 40.0, 5.9, 85.0, 0.02),
+        row("ROME", "single", 99.0, 91.0, 70.0, None, 5.5, 80.0, 0.9),
+        row("KDPO", "sequential", 60.0, 50.0, 80.0, 20.0, 5.8, 40.0, 0.03),
     ]
-    return Comparison(Summary("(before)", "", 20, 10.0, 11.0, None, 12.0, 5.95, None), rows, [], [rows[2]])
+    before = row("(before)", "", 10.0, 11.0, None, 12.0, 5.95, 0.0, None)
+    return Comparison(before, rows, [], [rows[2]])
 
 
 def printed(print_, *arguments, width: int = 100) -> str:
@@ -42,7 +48,7 @@ def test_a_table_a_protocol_and_a_row_a_method(comparison):
 def test_the_best_of_a_column_is_bold(comparison):
     text = printed(print_tables, comparison)
     for best in ("100.0", "91.0", "95.0", "40.0", "5.90", "0.02"):
-        assert re.search(rf"\x1b\[1m *{re.escape(best)}\x1b", text)
+        assert re.search(rf"\x1b\[1m *{re.escape(best)}( \(\d+\))?\x1b", text)
     for other in ("99.0", "90.0", "70.0", "5.50", "5.95", "12.0"):
         assert other in text and not re.search(rf"\x1b\[1m *{re.escape(other)}\x1b", text)
 
