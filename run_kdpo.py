@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -106,6 +107,12 @@ def main(arguments: list[str] | None = None) -> int:
         raise
 
 
+def is_complete(folder: Path, rows: int) -> bool:
+    """Whether a folder has all rows of a run."""
+    summary = folder / "summary.json"
+    return summary.exists() and len(json.loads(summary.read_text(encoding="utf-8"))) == rows
+
+
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -141,6 +148,8 @@ def run(options: argparse.Namespace) -> int:
     )
 
     folder = Path(options.metrics_save_dir)
+    if not options.overwrite and is_complete(folder, len(methods) * len(protocols)):
+        console.print(f"{folder} holds this run, complete: these are its figures. --overwrite makes it again.")
     comparison = compare(
         methods,
         requests,

@@ -65,7 +65,7 @@ class RunFolder:
     def _claim(self) -> None:
         record = self.path / "run.json"
         if not record.exists():
-            if any(name != ".lock" for name in os.listdir(self.path)):
+            if any(name not in (".lock", "run.json.unfinished") for name in os.listdir(self.path)):
                 raise RunError(f"{self.path}: the folder is not empty, and what it holds is no run; name another")
         elif self.overwrite:
             for pattern in _OURS:
