@@ -55,8 +55,8 @@ def print_tables(comparison: Comparison, console: Console) -> None:
             table.add_row(row.method, *cells, style="dim" if row is comparison.before else "")
         console.print(table)
     console.print(
-        "in percent, under teacher forcing; in brackets, how often the model writes the answer on its own;\n"
-        "fluency is n-gram entropy in bits; (before) is the unedited model on the same prompts",
+        "in percent, by teacher forcing; in brackets, how often the model itself writes it\n"
+        "fluency: n-gram entropy in bits; (before): the unedited model, same prompts",
         style="dim",
         highlight=False,
     )

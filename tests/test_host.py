@@ -289,7 +289,7 @@ def test_all_four_methods_run_on_the_small_world(small_world, requests, tmp_path
             hparams.stats_dir = str(small_world.statistics)
         editor = easyeditor.BaseEditor.from_hparams(hparams)
         before = state(editor.model)
-        edited, originals = host.apply_edit(editor, requests[0])
+        edited, originals = host.apply_edit(editor, editor.model, requests[0])
         changed = {name for name, tensor in edited.state_dict().items() if not torch.equal(tensor, before[name])}
         assert changed == set(originals) and changed, method
         host.undo_edits(editor, edited, originals)

@@ -261,7 +261,7 @@ def test_another_command_in_the_folder_is_refused_unless_told_to_overwrite(setti
     assert status == 0 and "KDPO, sequential edits" in errors
 
 
-def test_the_edits_and_the_model_are_kept(settings, small_world, loaded, tmp_path):
+def test_the_edits_and_the_model_are_kept(settings, small_world, tmp_path):
     kept, saved = tmp_path / "edits.safetensors", tmp_path / "model"
     arguments = command(
         settings, small_world, tmp_path / "run", "--save_edits", str(kept), "--save_model", str(saved), name="FT"
@@ -273,7 +273,8 @@ def test_the_edits_and_the_model_are_kept(settings, small_world, loaded, tmp_pat
     assert not same_state(model.state_dict(), edited.state_dict())
     apply_edits(model, kept)
     assert same_state(model.state_dict(), edited.state_dict())
-    assert AutoTokenizer.from_pretrained(saved).padding_side == loaded[1].padding_side
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (saved, small_world.folder)]
+    assert tokenizers[0].padding_side == tokenizers[1].padding_side
     header = read_header(kept)
     assert len(header["requests"]) == N and header["hparams"]["alg_name"] == "FT"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["edits.safetensors", "model", "run"]
