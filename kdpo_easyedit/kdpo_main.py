@@ -182,7 +182,9 @@ class _TeacherForced:
     """
 
     def __init__(self, model: PreTrainedModel, edit: EditTokens, originals: Weights, hparams: KDPOHyperParams) -> None:
-        self.suffix = Suffix(model, originals, hparams.layer_module_tmp, edit.input_ids, edit.prompt_length)
+        self.suffix = Suffix(
+            model, originals, hparams.layer_module_tmp, hparams.mlp_module_tmp, edit.input_ids, edit.prompt_length
+        )
         self.targets = edit.targets
         self.pairs: Tensor
         self.first = True
@@ -241,7 +243,14 @@ class _Autoregressive:
         both = torch.cat((edit.input_ids, torch.cat((prompt, negative.unsqueeze(0)), dim=1)))
         self.sequences = both[:, edit.prompt_length :]
         self.suffix = self.replay.enter_context(
-            Suffix(self.model, self.originals, self.hparams.layer_module_tmp, both, edit.prompt_length)
+            Suffix(
+                self.model,
+                self.originals,
+                self.hparams.layer_module_tmp,
+                self.hparams.mlp_module_tmp,
+                both,
+                edit.prompt_length,
+            )
         )
         self.logits = self.suffix.target_logits(weights)
         said = teacher_forced_negatives(self.logits[0])

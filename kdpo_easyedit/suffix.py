@@ -2,9 +2,9 @@
 
 During an edit only W changes, so whatever the model computes without W stays as it is: every layer below W's, and
 inside W's own layer the attention and the projections that feed it. One recording pass keeps those outputs. A step is
-then the model's own forward in which every such module returns what it returned before, and the output layer sees the
-target's positions only. Because the model's own code runs, masks, rotary tables, norms, soft-capping and logit scaling
-need no description here.
+then the model's own forward in which every such module returns what it returned before, and the last layer's MLP and the
+output layer, which work on each position by itself, see the target's positions only. Because the model's own code runs,
+masks, rotary tables, norms, soft-capping and logit scaling need no description here.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Suffix:
         model: the model.
         weights: the edited weights by name, lowest layer first, as they stand in the model.
         layer_template: a decoder layer's name with ``{}`` for its number.
+        mlp_template: that of its MLP.
         input_ids: int64, ``[B, L]``.
         prompt_length: P; positions P−1 … L−2 predict the T = L − P target tokens.
 
@@ -89,16 +90,19 @@ class Suffix:
         model: PreTrainedModel,
         weights: Weights,
         layer_template: str,
+        mlp_template: str,
         input_ids: Tensor,
         prompt_length: int,
     ) -> None:
         self.model = model
         self.weights = weights
         self.layer_template = layer_template
+        self.mlp_template = mlp_template
         self.input_ids = input_ids[:, :-1]  # nothing is predicted from the last token
         self.positions = slice(prompt_length - 1, None)
         self.replays = False
         self._lowest_input: Tensor | None = None
+        self._last_mlp: nn.Module | None = None
         self._restore = ExitStack()
 
     def __enter__(self) -> Suffix:
@@ -191,6 +195,9 @@ class Suffix:
 
         outputs: dict[nn.Module, list[Any]] = {module: [] for module in candidates}
         inputs: list[Tensor] = []
+        last_mlp_name = self.mlp_template.format(len(layers) - 1)
+        last_mlp = dict(self.model.named_modules()).get(last_mlp_name)
+        last_mlp_shapes: list[Any] = []
 
         def keep_output(module: nn.Module, _args: Any, output: Any) -> None:
             if not inputs:
@@ -200,12 +207,20 @@ class Suffix:
             for module in candidates:
                 hooks.callback(module.register_forward_hook(keep_output).remove)
             hooks.callback(lowest.register_forward_pre_hook(lambda _m, args: inputs.extend(args[:1])).remove)
+            if last_mlp is not None:
+                hooks.callback(
+                    last_mlp.register_forward_hook(lambda _m, args, output: last_mlp_shapes.extend((*args, output))).remove
+                )
             self.own_logits = self._forward(self._output_layer.forward)
 
         if len(inputs) != 1 or any(len(kept) > 1 for kept in outputs.values()):
             raise CannotReplay("the edited projection, or a module beside it, runs more than once in a forward pass")
         self._lowest_input = inputs[0]
         self._constant_outputs = {module: kept[0] for module, kept in outputs.items() if kept}
+        match last_mlp_shapes:
+            case [Tensor() as hidden, Tensor() as output] if hidden.shape == output.shape:
+                holds_w = any(name.startswith(last_mlp_name + ".") for name in self.weights)
+                self._last_mlp = None if holds_w else last_mlp
 
     def _layers(self) -> dict[str, nn.Module]:
         modules = dict(self.model.named_modules())
@@ -215,8 +230,20 @@ class Suffix:
     def _replay(self) -> None:
         for module, output in self._constant_outputs.items():
             self._restore.enter_context(forward_as(module, _returning(output)))
+        if self._last_mlp is not None:
+            self._restore.enter_context(forward_as(self._last_mlp, self._narrowed(self._last_mlp.forward)))
         self._output_forward = self._output_layer.forward
         self.replays = True
+
+    def _narrowed(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A module that works on each position by itself, run on the target's positions; the others' outputs are 0."""
+
+        def narrowed(hidden: Tensor) -> Tensor:
+            output = torch.zeros_like(hidden)
+            output[:, self.positions] = forward(self._at_target(hidden))
+            return output
+
+        return narrowed
 
     def _check(self) -> None:
         versions = [tensor._version for tensor in self._kept_tensors()]

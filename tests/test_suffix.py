@@ -67,6 +67,10 @@ def build(architecture: str, layers: tuple[int, ...] = (1,)):
     return model, layer, [f"{layer.format(n)}.{projection}.weight" for n in layers]
 
 
+def mlp(template: str) -> str:
+    return f"{template}.mlp"
+
+
 def moved(model, names) -> dict[str, torch.Tensor]:
     """Weights some way from where the model has them, as leaves."""
     torch.manual_seed(1)
@@ -93,7 +97,7 @@ def loss_and_gradients(margin, weights):
 def test_loss_and_gradient_are_those_of_the_full_forward(architecture, layers, ids):
     model, template, names = build(architecture, layers)
     weights = moved(model, names)
-    with frozen(model), Suffix(model, read(model, names), template, ids, P) as suffix:
+    with frozen(model), Suffix(model, read(model, names), template, mlp(template), ids, P) as suffix:
         assert suffix.replays
         negatives = suffix.own_logits[0].argmax(-1)
         pairs = torch.stack((ids[0, P:], negatives), dim=-1)
@@ -119,7 +123,7 @@ def test_two_sequences_in_one_batch(architecture, ids):
     model, template, names = build(architecture)
     weights = moved(model, names)
     both = torch.cat((ids, ids.flip(1)))
-    with frozen(model), Suffix(model, read(model, names), template, both, P) as suffix:
+    with frozen(model), Suffix(model, read(model, names), template, mlp(template), both, P) as suffix:
         assert suffix.replays
         logits = suffix.target_logits(weights)
     with frozen(model):
@@ -132,7 +136,7 @@ def test_a_step_runs_nothing_below_w(ids):
     for name, module in model.named_modules():
         if not list(module.children()):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    with frozen(model), Suffix(model, read(model, names), template, ids, P) as suffix:
+    with frozen(model), Suffix(model, read(model, names), template, mlp(template), ids, P) as suffix:
         below = {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.act_fn"}
         assert below <= set(ran)
         ran.clear()
@@ -141,10 +145,20 @@ def test_a_step_runs_nothing_below_w(ids):
     assert "model.layers.3.mlp.down_proj" in ran and "model.layers.2.mlp.down_proj" in ran
 
 
+def test_the_last_layers_mlp_and_the_output_layer_see_the_target_only(ids):
+    model, template, names = build("llama", (1,))
+    rows: dict[str, int] = {}
+    with frozen(model), Suffix(model, read(model, names), template, mlp(template), ids, P) as suffix:
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda _m, args, name=name: args and rows.update({name: args[0].shape[1]}))
+        suffix.pair_logits(moved(model, names), torch.tensor([[1, 2]] * T))
+    assert rows["model.layers.3.mlp.down_proj"] == T and rows["model.layers.2.mlp.down_proj"] == P + T - 1
+
+
 def test_modules_are_as_they_were_afterwards(ids):
     model, template, names = build("llama")
     before = state(model)
-    with frozen(model), Suffix(model, read(model, names), template, ids, P) as suffix:
+    with frozen(model), Suffix(model, read(model, names), template, mlp(template), ids, P) as suffix:
         suffix.pair_logits(moved(model, names), torch.tensor([[1, 2]] * T))
     assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
     assert same_state(before, state(model))
@@ -188,7 +202,7 @@ def test_what_cannot_be_replayed_runs_whole_and_says_why(spoil, reason, ids, cap
     weights = moved(model, names)
     with spoil(model), frozen(model), caplog.at_level(logging.WARNING):
         expected = by_full_forward(model, names, weights, ids)
-        with Suffix(model, read(model, names), template, ids, P) as suffix:
+        with Suffix(model, read(model, names), template, mlp(template), ids, P) as suffix:
             assert suffix.replays is (reason is None)
             if reason not in ("the replayed logits differ", "all positions"):  # these have no one answer
                 torch.testing.assert_close(suffix.target_logits(weights), expected, rtol=1e-5, atol=2e-5)
@@ -225,7 +239,7 @@ def test_half_precision_models_have_a_float32_gradient(architecture, dtype, ids)
         list(weights.values()),
     )[0]
     model.to(dtype)
-    with frozen(model), Suffix(model, read(model, names), template, ids, P) as suffix:
+    with frozen(model), Suffix(model, read(model, names), template, mlp(template), ids, P) as suffix:
         assert suffix.replays
         margin = pair_margin(suffix.pair_logits(weights, torch.tensor([[1, 2]] * T)))
         (gradient,) = torch.autograd.grad(margin, list(weights.values()))
