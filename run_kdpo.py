@@ -148,8 +148,7 @@ def run(options: argparse.Namespace) -> int:
     )
 
     folder = Path(options.metrics_save_dir)
-    if not options.overwrite and is_complete(folder, len(methods) * len(protocols)):
-        console.print(f"{folder} holds this run, complete: these are its figures. --overwrite makes it again.")
+    complete = not options.overwrite and is_complete(folder, len(methods) * len(protocols))
     comparison = compare(
         methods,
         requests,
@@ -167,6 +166,8 @@ def run(options: argparse.Namespace) -> int:
     print_examples(methods[0].name, comparison.examples, console)
     print_tables(comparison, console)
     console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}")
+    if complete:
+        console.print(f"{folder} held this run, complete: these are its figures; --overwrite makes it again")
     return 0
 
 

@@ -253,7 +253,7 @@ def test_another_command_in_the_folder_is_refused_unless_told_to_overwrite(setti
     assert status == 0 and "%|" not in errors
     weights = (tmp_path / "run" / "weights-KDPO.safetensors").read_bytes()
     status = run_kdpo.main(command(settings, small_world, tmp_path / "run", "--ds_size", "2")[2:])
-    assert status == 0 and "holds this run, complete" in " ".join(capfd.readouterr().out.split())
+    assert status == 0 and "held this run, complete" in " ".join(capfd.readouterr().out.split())
     status, errors = run("--seed", "1")
     assert status == 2 and "seed is 0 there and 1 here" in errors.splitlines()[-1]
     assert (tmp_path / "run" / "weights-KDPO.safetensors").read_bytes() == weights
