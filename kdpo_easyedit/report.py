@@ -55,7 +55,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
             table.add_row(row.method, *cells, style="dim" if row is comparison.before else "")
         console.print(table)
     console.print(
-        "in percent, by teacher forcing; in brackets, how often the model itself writes it\n"
+        "in percent by teacher forcing; in brackets, how often the model writes it\n"
         "fluency: n-gram entropy in bits; (before): the unedited model, same prompts",
         style="dim",
         highlight=False,
