@@ -164,15 +164,15 @@ def compare(
                 editor = _editor(method, first, protocol)
                 host.set_contexts({})
                 if protocol == SINGLE:
-                    _edit_one_by_one(run, editor, before, method.name, seed, bar)
+                    row = _edit_one_by_one(run, editor, before, method.name, seed, bar)
                 else:
                     result.curve += _edit_in_sequence(
                         run, editor, before, method.name, seed, checkpoints, bar, save_edits, save_model
                     )
+                    row = result.curve[-1]
                     run.write("curve.json", [asdict(row) for row in result.curve])
-                metrics = run.read(f"metrics-{method.name}-{protocol}.json")
-                result.examples = result.examples or _examples(metrics)
-                result.rows.append(summarise(method.name, protocol, metrics, "post"))
+                result.examples = result.examples or _examples(run.read(f"metrics-{method.name}-{protocol}.json"))
+                result.rows.append(row)
                 run.write("summary.json", [asdict(row) for row in result.rows])
     return result
 
@@ -214,7 +214,7 @@ def _measure_before(run: RunFolder, editor: Any, requests: Sequence[Request], se
     ]
 
 
-def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[Metrics], name: str, seed: int, bar: Bar) -> None:
+def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[Metrics], name: str, seed: int, bar: Bar) -> Summary:
     """Single edits, each measured and taken back."""
     journal = run.journal(f"{name}-{SINGLE}.jsonl")
     with bar(total=len(before), initial=len(journal.entries), desc=f"{name}, single edits") as progress:
@@ -229,6 +229,7 @@ def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[Metrics], nam
             progress.update()
     metrics = [entry | {key: done[key] for key in ("time", "post")} for entry, done in zip(before, journal.entries)]
     run.write(f"metrics-{name}-{SINGLE}.json", metrics)
+    return summarise(name, SINGLE, metrics, "post")
 
 
 def _examples(metrics: Sequence[Metrics], n: int = 3) -> list[Example]:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import whole
 from .weights import Weights, read, write
 
 _HEADER = "kdpo_easyedit"
@@ -50,7 +51,6 @@ def save_edits(
         hparams: how they were made: a dataclass or a mapping.
         license: under which the file may be used.
     """
-    path = Path(path)
     edited = read(model, originals)
     differences = {name: _bits(edited[name]) - _bits(original) for name, original in originals.items()}
     header = {
@@ -66,12 +66,8 @@ def save_edits(
         "versions": {name: version(name) for name in ("kdpo-easyedit", "torch", "transformers")},
         "license": license,
     }
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
+    with whole(Path(path)) as unfinished:
         save_file(differences, unfinished, {_HEADER: json.dumps(header, default=str, ensure_ascii=False)})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

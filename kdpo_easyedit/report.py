@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .comparison import SEQUENTIAL, SINGLE, Comparison, Example, Summary
+from .files import whole
 
 # A Summary's measures as the field names them.
 _MEASURES = {
@@ -148,7 +149,6 @@ def curve_chart(curve: Sequence[Summary], path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, format="png", dpi=130)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
     plt.close(figure)
-    unfinished.replace(path)

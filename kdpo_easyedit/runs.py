@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import whole
+
 #: What a run writes, and so what ``overwrite`` removes.
 _OURS = (
     "run.json", "summary.json", "curve.json", "metrics-*.json", "*.jsonl", "weights-*.safetensors", "*.png", "*.unfinished",
@@ -157,16 +159,9 @@ class Journal:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """For a block that writes a file: under another name, which becomes its own once it is whole and on disk."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with _told(path):
-        try:
-            yield unfinished
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    """For a block that writes a file: whole or not at all, and told where it cannot be."""
+    with _told(path), whole(path) as unfinished:
+        yield unfinished
 
 
 @contextmanager

@@ -81,6 +81,21 @@ def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def interrupt_second_write(monkeypatch) -> list[torch.Tensor]:
+    """Let Ctrl-C come at the second write into a parameter; returns the parameters written to, as they come."""
+    copy_ = torch.Tensor.copy_
+    written = []
+
+    def interrupted(self, *args, **kwargs):
+        written.append(self)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return copy_(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Parameter, "copy_", interrupted, raising=False)
+    return written
+
+
 def on_main() -> bool:
     """Whether the host is EasyEdit's main branch."""
     return not kdpo_easyedit.host.IS_RELEASE

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import same_state, state
+from conftest import interrupt_second_write, same_state, state
 from safetensors.torch import load_file, save_file
 from test_kdpo_main import says
 from transformers import AutoModelForCausalLM
@@ -108,15 +108,7 @@ def test_an_interruption_leaves_the_model_as_it_was(small_world, loaded, request
     _, originals = apply_kdpo_to_model(model, loaded[1], requests[:1], hparams, return_orig_weights=True)
     save_edits(tmp_path / "x", model, originals)
     revert_edits(model, tmp_path / "x")
-    copy_, written = torch.Tensor.copy_, []
-
-    def interrupted(self, *args, **kwargs):
-        written.append(self)
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        return copy_(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.Parameter, "copy_", interrupted, raising=False)
+    written = interrupt_second_write(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         apply_edits(model, tmp_path / "x")
     monkeypatch.undo()

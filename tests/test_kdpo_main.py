@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import same_state, state
+from conftest import interrupt_second_write, same_state, state
 
 from kdpo_easyedit import HParamsError, apply_kdpo_to_model, execute_kdpo
 from kdpo_easyedit.weights import write
@@ -121,16 +121,7 @@ def test_an_interruption_leaves_the_model_as_it_was(fresh, requests, hparams, mo
 def test_an_interruption_between_two_layers_leaves_no_half_edit(fresh, requests, hparams, monkeypatch):
     model, tok = fresh
     before = state(model)
-    copy_ = torch.Tensor.copy_
-    written = []
-
-    def interrupted(self, *args, **kwargs):
-        written.append(self)
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        return copy_(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.Parameter, "copy_", interrupted, raising=False)
+    written = interrupt_second_write(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         apply_kdpo_to_model(model, tok, [requests[0]], replace(hparams, layers=[2, 3]))
     assert len(written) > 2
