@@ -32,7 +32,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--editing_method",
         nargs="+",
         metavar="METHOD",
-        help="methods to compare, each with its YAML in hparams/METHOD/ (default: KDPO FT ROME MEMIT for the world, else KDPO)",
+        help="methods to compare, each with its YAML in hparams/METHOD/ "
+        "(default: KDPO KDPO+C FT ROME MEMIT for the world, else KDPO)",
     )
     what.add_argument(
         "--hparams_dir",
@@ -63,6 +64,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     data.add_argument("--ds_size", type=int, metavar="N", help="how many records to take (default: all; of the world's, 20)")
     data.add_argument("--shuffle", action="store_true", help="take the records in random order, by --seed")
+    data.add_argument(
+        "--stats_text",
+        metavar="FILE",
+        help="a text, a passage a line, to compute the covariance statistics from that a method needs and that are not there",
+    )
     where = parser.add_argument_group("where")
     where.add_argument(
         "--metrics_save_dir",
@@ -127,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     console = Console()
     in_world = options.hparams_dir == world.NAME
-    names = options.editing_method or (["KDPO", "FT", "ROME", "MEMIT"] if in_world else ["KDPO"])
+    names = options.editing_method or (["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"] if in_world else ["KDPO"])
     methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in names]
     if not options.data_dir and not in_world:
         raise datasets.DatasetError("data_dir is missing: only the world brings edits of its own; name a benchmark file")
@@ -138,6 +144,7 @@ def run(options: argparse.Namespace) -> int:
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
+    stats_texts = datasets.read_passages(Path(options.stats_text)) if options.stats_text else []
     data = options.data_dir or build_world(quiet=options.quiet).edits
     requests = datasets.load_requests(
         data,
@@ -158,6 +165,7 @@ def run(options: argparse.Namespace) -> int:
         eval_at=options.eval_at,
         quiet=options.quiet,
         overwrite=options.overwrite,
+        stats_texts=stats_texts,
         **kept,
     )
     radar_chart(comparison, folder / "radar.png")

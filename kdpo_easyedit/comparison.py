@@ -112,6 +112,7 @@ def compare(
     overwrite: bool = False,
     save_edits: Path | None = None,
     save_model: Path | None = None,
+    stats_texts: Sequence[str] = (),
 ) -> Comparison:
     """Run every method under every protocol. What is done is in ``folder`` at once; the same call again goes on from there.
 
@@ -133,6 +134,8 @@ def compare(
         overwrite: start anew where the folder holds a run.
         save_edits: a file for the sequential edits of the one method, for :func:`kdpo_easyedit.apply_edits`.
         save_model: a folder for the model with the sequential edits of the one method, for ``from_pretrained``.
+        stats_texts: what to compute covariance statistics from, where a method needs some that are not there; left out,
+            EasyEdit fetches the dataset that they are named after.
 
     Raises:
         HostError: methods of different models, or a model or device that cannot be had.
@@ -156,6 +159,8 @@ def compare(
     with RunFolder(folder, settings, overwrite) as run, host.output_to(folder):
         first = host.BaseEditor(copy.copy(methods[0].hparams))
         _check_room(requests, first.model, first.tok)
+        for method in methods:
+            host.make_statistics(first.model, first.tok, method.hparams, stats_texts, quiet)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
         before = _measure_before(run, first, requests, seed, bar)
         result = Comparison(summarise("(before)", "", before, "pre"), [], [], [])

@@ -95,6 +95,22 @@ def load_requests(
     return list(requests.values())
 
 
+def read_passages(path: str | Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        DatasetError: it cannot be read, or has none.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot be read as text: {error}") from None
+    passages = [line.strip() for line in lines if line.strip()]
+    if not passages:
+        raise DatasetError(f"{path}: it holds no text")
+    return passages
+
+
 def _records(path: Path) -> list[Record]:
     try:
         text = path.read_text(encoding="utf-8-sig")

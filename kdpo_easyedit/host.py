@@ -21,12 +21,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import nltk
+import numpy as np
 import torch
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
@@ -558,7 +560,7 @@ def build_world(recipe: world.Recipe = world.Recipe(), quiet: bool = False) -> w
         model = AutoModelForCausalLM.from_pretrained(built.folder)
         tok = AutoTokenizer.from_pretrained(built.folder)
         for name in tqdm(missing, desc="covariance statistics of the world", unit="layer", disable=quiet):
-            compute_statistics(model, tok, name, built.statistics, world.NAME, built.passages(), _STATISTICS_SAMPLES)
+            compute_statistics(model, tok, name, built.statistics, world.NAME, _STATISTICS_SAMPLES, texts=built.passages())
     return built
 
 
@@ -573,22 +575,86 @@ def in_place(hparams: Any) -> Any:
     return hparams
 
 
-def statistics_file(stats_dir: Path, model_name: str, layer_name: str, dataset: str, samples: int) -> Path:
+def statistics_file(
+    stats_dir: Path, model_name: str, layer_name: str, dataset: str, samples: int, dtype: str = "float32"
+) -> Path:
     """Where EasyEdit keeps the second moment of a layer's input."""
     folder = model_name.replace("/", "_") if IS_RELEASE else model_name.rsplit("/")[-1]
-    return stats_dir / folder / f"{dataset}_stats" / f"{layer_name}_float32_mom2_{samples}.npz"
+    return stats_dir / folder / f"{dataset}_stats" / f"{layer_name}_{dtype}_mom2_{samples}.npz"
+
+
+def make_statistics(model: Any, tok: Any, hparams: Any, texts: Sequence[str] = (), quiet: bool = False) -> list[Path]:
+    """EasyEdit's files of the second moments that a method needs, one a layer; those that are missing are made.
+
+    Args:
+        texts: what to take them over; left out, EasyEdit fetches the dataset that they are named after.
+        quiet: show no progress.
+
+    Raises:
+        HostError: one is missing and cannot be made here.
+    """
+    if not getattr(hparams, "mom2_adjustment", hasattr(hparams, "mom2_dataset")):
+        return []
+    stats_dir, settings = Path(hparams.stats_dir), (hparams.mom2_dataset, hparams.mom2_n_samples, hparams.mom2_dtype)
+    files = []
+    for layer in sorted(hparams.layers):
+        name = hparams.rewrite_module_tmp.format(layer).removesuffix(".weight")
+        file = statistics_file(stats_dir, model.config.name_or_path, name, *settings)
+        files.append(file)
+        if file.is_file():
+            continue
+        try:
+            bar = partial(tqdm, desc=f"statistics of {name}", unit="batch", file=sys.__stderr__, disable=quiet)
+            compute_statistics(model, tok, name, stats_dir, *settings, texts=texts, progress=bar)
+        except Exception as error:  # whatever a dataset that cannot be had comes as
+            raise HostError(
+                f"{file}: there are no such statistics, and they cannot be computed from {hparams.mom2_dataset!r} here "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); run_kdpo.py --stats_text FILE computes "
+                "them from a text of yours"
+            ) from None
+    return files
+
+
+def second_moment(file: Path) -> torch.Tensor:
+    """E[k kᵀ] of a layer's input k, from EasyEdit's file: float64, ``[in, in]``.
+
+    Raises:
+        HostError: it cannot be read.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            moment = torch.from_numpy(stored["mom2.mom2"]).double() / int(stored["mom2.count"])
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise HostError(f"{file}: not a file of EasyEdit's statistics: {error}; remove it, and have it made anew") from None
+    if not torch.isfinite(moment).all():
+        raise HostError(f"{file}: it holds numbers that are not finite; remove it, and have it made anew")
+    return moment
 
 
 def compute_statistics(
-    model: Any, tok: Any, layer_name: str, stats_dir: Path, dataset: str, texts: Sequence[str], samples: int
+    model: Any,
+    tok: Any,
+    layer_name: str,
+    stats_dir: Path,
+    dataset: str,
+    samples: int,
+    dtype: str = "float32",
+    texts: Sequence[str] = (),
+    progress: Callable[..., Any] = lambda batches, total: batches,
 ) -> None:
-    """Second moments of a layer's input over ``texts``, by EasyEdit's own code, into EasyEdit's own file."""
-    target = statistics_file(stats_dir, model.config.name_or_path, layer_name, dataset, samples)
+    """Second moments of a layer's input, by EasyEdit's own code, into EasyEdit's own file.
+
+    Args:
+        texts: what to take them over; left out, the dataset of that name, which EasyEdit fetches.
+        progress: shows it, as tqdm does.
+    """
+    target = statistics_file(stats_dir, model.config.name_or_path, layer_name, dataset, samples, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     module = _module("models.rome.layer_stats")
     load_dataset = module.load_dataset
-    # EasyEdit knows the names of two datasets and no others; under one of them it is handed these texts instead.
-    module.load_dataset = lambda *_: {"train": [{"text": text} for text in texts]}
+    if texts:
+        # EasyEdit knows the names of two datasets and no others; under one of them it is handed these texts instead.
+        module.load_dataset = lambda *_: {"train": [{"text": text} for text in texts]}
     try:
         with (
             tempfile.TemporaryDirectory(dir=target.parent) as unfinished,
@@ -600,11 +666,11 @@ def compute_statistics(
                 tok,
                 layer_name,
                 unfinished,
-                "wikipedia",
+                "wikipedia" if texts else dataset,
                 to_collect=["mom2"],
                 sample_size=samples,
-                precision="float32",
-                progress=lambda batches, total: batches,
+                precision=dtype,
+                progress=progress,
                 hparams=SimpleNamespace(device=str(model.device)),
             )
             (file,) = Path(unfinished).rglob("*.npz")

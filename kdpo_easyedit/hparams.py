@@ -19,7 +19,7 @@ HPARAMS_DIR = _PACKAGE / "hparams_yaml" if (_PACKAGE / "hparams_yaml").is_dir() 
 # Fine-tuning goes by two names in the field: FT-L (objective_optimization: prompt_last), which is what both EasyEdits have
 # and call FT, and FT-M (target_new). Both are the algorithm FT.
 _FOLDERS = {"FT-L": "FT"}
-_ALGORITHMS = {"FT-L": "FT", "FT-M": "FT"}
+_ALGORITHMS = {"FT-L": "FT", "FT-M": "FT", "KDPO+C": "KDPO"}
 
 
 class HParamsError(ValueError):
@@ -261,6 +261,14 @@ class KDPOHyperParams(HyperParams):
     sequential_edit: bool = _field("edits follow one another: lr is scaled", _flag, False)
     sequential_lr_scale: float = _field("what lr is multiplied by in sequential edits", _positive, 0.2)
     update_scale: float = _field("the share of the update that is applied; 2 repeats the release's doubling", _positive, 1.0)
+    mom2_adjustment: bool = _field("KDPO+C: steps that change little of what W is used for; not the paper's", _flag, False)
+    mom2_step: float = _field("KDPO+C: logits that the first step adds to the preference; lr is not used", _positive, 6)
+    mom2_damping: float = _field("KDPO+C: λ, added to the statistics' diagonal, whose mean is 1", _positive, 0.01)
+    mom2_edit_weight: float = _field("KDPO+C: what a key of a finished edit counts beside E[k kᵀ]", _not_negative, 0.01)
+    mom2_dataset: str = _field("the statistics' text, as in MEMIT's YAMLs", _text, "wikipedia")
+    mom2_n_samples: int = _field("the statistics' number of texts, as in MEMIT's YAMLs", _count, 100000)
+    mom2_dtype: str = _field("the statistics' precision, as in MEMIT's YAMLs", _one_of("float32", "float64"), "float32")
+    stats_dir: str = _field("where EasyEdit keeps statistics", _text, "./data/stats")
     batch_size: int = _field("KDPO makes one edit at a time: 1", _one_of(1), 1)
     max_length: int = _field("EasyEdit's metrics truncate to it", _count, 40)
     model_parallel: bool = _field("spread the model over the devices there are", _flag, False)
@@ -299,6 +307,10 @@ class KDPOHyperParams(HyperParams):
                 setattr(self, f.name, f.metadata["check"](value))
             except ValueError as allowed:
                 raise HParamsError(f"{f.name} is {value!r}; allowed: {allowed}") from None
+        if self.mom2_adjustment:
+            for key, neutral in (("negatives", "teacher_forced"), ("weight_decay", 0), ("norm_constraint", False)):
+                if getattr(self, key) != neutral:
+                    raise HParamsError(f"{key} is {getattr(self, key)!r}; allowed with mom2_adjustment: {neutral!r}")
 
     def edited_parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         """The weights W that an edit changes, by their full names, lowest layer first.

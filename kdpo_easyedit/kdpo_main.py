@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import mom2
 from .hparams import KDPOHyperParams
+from .mom2 import SteepestDescent, Usage
 from .preference import (
     EditTokens,
     edit_tokens,
@@ -20,7 +22,7 @@ from .preference import (
     sequence_margin,
     teacher_forced_negatives,
 )
-from .suffix import Suffix, frozen, projecting_with
+from .suffix import EditedWeights, Suffix, frozen, projecting_with
 from .weights import Weights, read, runs_on, write
 
 
@@ -89,12 +91,15 @@ def apply_kdpo_to_model(
     for request in requests:
         _check_request(request)
     originals = {name: weight.clone() for name, weight in read(model, hparams.edited_parameters(model)).items()}
+    usages = mom2.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
     try:
         for request in requests:
-            weights, trace = execute_kdpo(model, tok, request, hparams)
+            weights, trace, usages = _execute(model, tok, request, hparams, usages)
             write(model, weights)
             if traces is not None:
                 traces.append(trace)
+        if usages:
+            mom2.remember(model, usages)
     except BaseException:
         write(model, originals)
         raise
@@ -120,6 +125,15 @@ def execute_kdpo(
     """
     hparams.validate()
     _check_request(request)
+    usages = mom2.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
+    weights, trace, _ = _execute(model, tok, request, hparams, usages)
+    return weights, trace
+
+
+def _execute(
+    model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams, usages: dict[str, Usage]
+) -> tuple[Weights, EditTrace, dict[str, Usage]]:
+    """The edit; for KDPO+C, from what the projections are used for to the same with this edit among it."""
     originals = read(model, hparams.edited_parameters(model))
     edit = edit_tokens(tok, request["prompt"], request["target_new"], runs_on(model.get_input_embeddings()))
     room = getattr(model.config, "max_position_embeddings", None)
@@ -128,20 +142,19 @@ def execute_kdpo(
             f"prompt and target_new have {edit.input_ids.shape[1]} tokens, and the model takes {room}: {request['prompt']!r}"
         )
 
-    # θ: W alone, in float32 whatever the model's dtype. Everything else is frozen.
-    weights = {name: _leaf(original, model.get_submodule(name.rpartition(".")[0])) for name, original in originals.items()}
-    lr = hparams.lr * (hparams.sequential_lr_scale if hparams.sequential_edit else 1)
-    # Adam takes no notice of a loss that is scaled, its own constants too; float16's narrow range does.
+    # θ: W alone. Everything else is frozen. The loss is scaled for float16's narrow range.
     scale = 4096 if any(original.dtype == torch.float16 for original in originals.values()) else 1
-    optimizer = torch.optim.Adam(
-        weights.values(), lr=lr, eps=1e-8 * scale, weight_decay=hparams.weight_decay * scale, fused=True
-    )
+    update: _Adam | SteepestDescent
+    if hparams.mom2_adjustment:
+        update = SteepestDescent(model, originals, usages, hparams, scale)
+    else:
+        update = _Adam(model, originals, hparams, scale)
 
     trace = EditTrace()
     make_preference = _TeacherForced if hparams.negatives == "teacher_forced" else _Autoregressive
     with torch.enable_grad(), frozen(model), make_preference(model, edit, originals, hparams) as preference:
         for _ in range(hparams.cycles):
-            negatives, accuracy = preference.renew(weights)
+            negatives, accuracy = preference.renew(update.weights)
             trace.negatives.append(negatives.tolist())
             trace.token_accuracy.append(accuracy)
             trace.losses.append([])
@@ -151,28 +164,55 @@ def execute_kdpo(
 
             reference_margin = preference.reference_margin()
             for _ in range(hparams.num_steps):
-                loss = preference_loss(preference.margin(weights), reference_margin, hparams.beta)
+                loss = preference_loss(preference.margin(update.weights), reference_margin, hparams.beta)
                 trace.losses[-1].append(loss.item())
                 if loss.item() < hparams.stop_crit:
                     break
-                for weight, gradient in zip(weights.values(), torch.autograd.grad(scale * loss, list(weights.values()))):
-                    weight.grad = gradient
-                optimizer.step()
+                update.step(loss)
                 trace.steps += 1
-                if hparams.norm_constraint:
-                    _clamp(weights, originals, hparams.norm_constraint)
         else:
-            _, accuracy = preference.renew(weights)
+            _, accuracy = preference.renew(update.weights)
         trace.final_token_accuracy = accuracy
 
+    weights = update.result()
     if hparams.update_scale != 1:
         _scale(weights, originals, hparams.update_scale)
-    return {name: weight.detach().to(originals[name].dtype) for name, weight in weights.items()}, trace
+    weights = {name: weight.to(originals[name].dtype) for name, weight in weights.items()}
+    return weights, trace, update.usages() if isinstance(update, SteepestDescent) else {}
 
 
-def _leaf(original: Tensor, module: torch.nn.Module) -> Tensor:
-    """What the optimiser works on: the weight in float32, where its module computes."""
-    return original.to(runs_on(module), torch.float32, copy=True).requires_grad_()
+class _Adam:
+    """The paper's optimiser.
+
+    Attributes:
+        weights: W in float32, whatever the model's dtype, where its module computes.
+    """
+
+    def __init__(self, model: PreTrainedModel, originals: Weights, hparams: KDPOHyperParams, scale: float) -> None:
+        self.weights = {
+            name: original.to(runs_on(model.get_submodule(name.rpartition(".")[0])), torch.float32, copy=True).requires_grad_()
+            for name, original in originals.items()
+        }
+        self.originals, self.scale, self.limit = originals, scale, hparams.norm_constraint
+        # Adam takes no notice of a loss that is scaled, its own constants too.
+        self.optimizer = torch.optim.Adam(
+            self.weights.values(),
+            lr=hparams.lr * (hparams.sequential_lr_scale if hparams.sequential_edit else 1),
+            eps=1e-8 * scale,
+            weight_decay=hparams.weight_decay * scale,
+            fused=True,
+        )
+
+    def step(self, loss: Tensor) -> None:
+        gradients = torch.autograd.grad(self.scale * loss, list(self.weights.values()))
+        for weight, gradient in zip(self.weights.values(), gradients):
+            weight.grad = gradient
+        self.optimizer.step()
+        if self.limit:
+            _clamp(self.weights, self.originals, self.limit)
+
+    def result(self) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in self.weights.items()}
 
 
 class _TeacherForced:
@@ -196,7 +236,7 @@ class _TeacherForced:
     def __exit__(self, *_: object) -> None:
         self.suffix.__exit__()
 
-    def renew(self, weights: Weights) -> tuple[Tensor, float]:
+    def renew(self, weights: EditedWeights) -> tuple[Tensor, float]:
         """New negatives, int64 ``[T]``, and the share of the target that they hit."""
         if self.first:  # the weights are still the model's own
             self.first = False
@@ -212,7 +252,7 @@ class _TeacherForced:
     def reference_margin(self) -> Tensor:
         return pair_margin(self.suffix.own_logits[0].gather(-1, self.pairs))
 
-    def margin(self, weights: Weights) -> Tensor:
+    def margin(self, weights: EditedWeights) -> Tensor:
         return pair_margin(self.suffix.pair_logits(weights, self.pairs))
 
 
@@ -233,7 +273,7 @@ class _Autoregressive:
     def __exit__(self, *_: object) -> None:
         self.replay.close()
 
-    def renew(self, weights: Weights) -> tuple[Tensor, float]:
+    def renew(self, weights: EditedWeights) -> tuple[Tensor, float]:
         """A new greedy answer, int64 ``[T]``, and the share of the target that teacher forcing gives."""
         self.replay.close()
         edit = self.edit
@@ -259,7 +299,7 @@ class _Autoregressive:
     def reference_margin(self) -> Tensor:
         return sequence_margin(self.suffix.own_logits, self.sequences)
 
-    def margin(self, weights: Weights) -> Tensor:
+    def margin(self, weights: EditedWeights) -> Tensor:
         if self.logits is None:
             return sequence_margin(self.suffix.target_logits(weights), self.sequences)
         logits, self.logits = self.logits, None

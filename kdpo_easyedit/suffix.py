@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .weights import Weights, stored
 
+if TYPE_CHECKING:
+    from .mom2 import Change
+
 LOG = logging.getLogger(__name__)
+#: The edited weights in an edit under way: W itself, or a change of it.
+EditedWeights = Mapping[str, "Tensor | Change"]
 
 
 class CannotReplay(Exception):
@@ -127,16 +132,16 @@ class Suffix:
     def __exit__(self, *_: object) -> None:
         self._restore.close()
 
-    def target_logits(self, weights: Weights) -> Tensor:
+    def target_logits(self, weights: EditedWeights) -> Tensor:
         """The logits that predict the target's tokens, by the full output layer: ``[B, T, V]``."""
         with projecting_with(self.model, weights, self._lowest_input):
             return self._forward(self._output_forward) if self.replays else self._forward()[:, self.positions]
 
-    def pair_logits(self, weights: Weights, pairs: Tensor) -> Tensor:
+    def pair_logits(self, weights: EditedWeights, pairs: Tensor) -> Tensor:
         """The logits of two tokens a position, from two rows of the output layer.
 
         Args:
-            weights: W, as float32 leaves; the result has a gradient to them.
+            weights: W, as float32 leaves, or changes of it; the result has a gradient to them.
             pairs: int64, ``[T, 2]``. The batch is one sequence.
 
         Returns:
@@ -285,12 +290,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def projecting_with(model: PreTrainedModel, weights: Weights, lowest_input: Tensor | None = None) -> Iterator[None]:
+def projecting_with(model: PreTrainedModel, weights: EditedWeights, lowest_input: Tensor | None = None) -> Iterator[None]:
     """For a block, let the model run with other weights W.
 
     Args:
         model: the model; its own weights are not touched.
-        weights: W by name, lowest layer first; they are cast to the model's dtype, with a float32 gradient.
+        weights: W by name, lowest layer first, cast to the model's dtype with a float32 gradient; or changes of it.
         lowest_input: the input of the lowest W, where it is known already.
     """
     with ExitStack() as stack:
@@ -302,7 +307,15 @@ def projecting_with(model: PreTrainedModel, weights: Weights, lowest_input: Tens
         yield
 
 
-def _projecting(projection: nn.Module, weight: Tensor, given: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _projecting(projection: nn.Module, weight: Tensor | Change, given: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if not isinstance(weight, Tensor):
+        own: Callable[[Tensor], Tensor] = projection.forward
+
+        def changed(x: Tensor) -> Tensor:
+            x = x if given is None else given
+            return weight.added_to(own(x), x)
+
+        return changed
     bias = stored(projection, "bias")
 
     def forward(x: Tensor) -> Tensor:

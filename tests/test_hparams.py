@@ -95,7 +95,7 @@ def test_every_provided_yaml_loads(path):
             load_hparams(method, path)
         return
     hparams = load_hparams(method, path)
-    assert hparams.alg_name == method.removesuffix("-M")
+    assert hparams.alg_name == method.removesuffix("-M").removesuffix("+C")
     assert isinstance(getattr(hparams, "lr", 0.0), (int, float)) and hparams.layers is not None
 
 

@@ -1,0 +1,242 @@
+"""KDPO+C: edits that step around what a projection is used for.
+
+Let k be the input of W and C = E[k kᵀ] its second moment over ordinary text ("mom2"), which ROME and MEMIT use as well. A
+change Δ costs everything else E‖Δk‖² = tr(Δ C Δᵀ). Plain gradient steps take no notice of that; steepest descent where that
+cost, and not the size of Δ, is the measure of distance is W ← W − η G S with S = (C/c̄ + λI)⁻¹, where G is the gradient of
+the loss and c̄ the mean of C's diagonal. G = Σ_t g_t k_tᵀ, with g_t the gradient at W's output at position t, so that
+Δ = Aᵀ K S with the edit's keys as the rows of K, and a step is A ← A − η g. Δ is of the edit's length in rank, and S is only
+needed times its keys, once. The keys of a finished edit are added to C, so that later ones step around it too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from . import host
+from .edits import fingerprint
+from .hparams import HParamsError, KDPOHyperParams
+from .weights import Weights, read
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a projection is used for: S, for ordinary text and the keys of the edits made so far. float32, on the CPU.
+
+    Attributes:
+        inverse: (C/c̄ + λI)⁻¹, of ordinary text, ``[in, in]``.
+        key_weight: what one key of an edit counts beside it.
+        protected: F, ``[m, in]``: S is the inverse less FᵀF.
+    """
+
+    inverse: Tensor
+    key_weight: float
+    protected: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor, damping: float, edit_weight: float) -> Usage:
+        """From a second moment C, ``[in, in]``.
+
+        Raises:
+            ValueError: C is not positive semidefinite.
+        """
+        mean = moment.diagonal().double().mean()
+        damped = moment.double() / mean
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if mean <= 0 or failed:
+            raise ValueError("it is not positive semidefinite, as second moments are")
+        inverse = torch.cholesky_inverse(factor).float()
+        return cls(inverse, edit_weight / mean.item(), inverse.new_empty(0, len(inverse)))
+
+    def times(self, keys: Tensor) -> Tensor:
+        """K S: float32 ``[n, in]`` → the same."""
+        return keys @ self.inverse - (keys @ self.protected.T) @ self.protected
+
+    def protecting(self, keys: Tensor) -> Usage:
+        """With the keys of a finished edit, float32 ``[n, in]``, added to C: an update of rank n (Woodbury), no new inverse."""
+        if not self.key_weight:
+            return self
+        basis = self.times(keys)
+        inner = (keys @ basis.T).double()
+        inner.diagonal().add_(1 / self.key_weight)
+        added = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), basis.double(), upper=False).float()
+        protected = torch.cat((self.protected, added))
+        if len(protected) > 2 * len(self.inverse):  # FᵀF in as few rows as it can have
+            protected = torch.linalg.qr(protected, mode="r").R
+        return replace(self, protected=protected)
+
+
+class Change:
+    """A change of one projection, Δ = Aᵀ K S, in an edit under way.
+
+    Attributes:
+        keys: K, what the projection is given at the edit's start; float32, ``[L, in]``. None before the first run.
+        basis: K S; float32, ``[L, in]``.
+        coefficients: A; float32, ``[L, out]``.
+        nudge: zeros, ``[L, out]``, whose gradient is the loss's at the projection's output.
+    """
+
+    basis: Tensor
+    coefficients: Tensor
+    nudge: Tensor
+
+    def __init__(self, usage: Usage) -> None:
+        self.usage = usage
+        self.keys: Tensor | None = None
+
+    def added_to(self, output: Tensor, keys: Tensor) -> Tensor:
+        """The changed projection's output, from its own and its input: ``[1, L, out]`` and ``[1, L, in]``."""
+        now = keys[0].float()
+        if self.keys is None:  # nothing is changed yet
+            self.keys = now.detach()
+            self.basis = self.usage.times(self.keys.cpu()).to(now.device)
+            self.coefficients = now.new_zeros(len(now), output.shape[-1])
+            self.nudge = torch.zeros_like(self.coefficients, requires_grad=True)
+        change = now @ self.basis.T @ self.coefficients + self.nudge
+        return output + change.to(output.dtype)
+
+    def metric(self, gradient: Tensor) -> float:
+        """tr(G S Gᵀ), from the gradient at the output, ``[L, out]``."""
+        assert self.keys is not None
+        return (gradient * (self.keys @ self.basis.T @ gradient)).sum().item()
+
+    def dense(self) -> Tensor:
+        """Δ: float32, ``[out, in]``."""
+        return self.coefficients.T @ self.basis
+
+
+class SteepestDescent:
+    """KDPO+C's optimiser. The first step raises the preference's margin by ``mom2_step`` logits, to first order.
+
+    A step's size so means the same for every model, layer and damping. Later steps have the same rate η, and the loss's
+    gradient shrinks them as the preference is learnt.
+
+    Attributes:
+        weights: the changes, by the names of the weights.
+    """
+
+    def __init__(
+        self, model: nn.Module, originals: Weights, usages: Mapping[str, Usage], hparams: KDPOHyperParams, scale: float
+    ) -> None:
+        self.model, self.originals, self.hparams = model, originals, hparams
+        self.weights = {name: Change(usage) for name, usage in usages.items()}
+        self.scale = scale
+        self.rate: float | None = None
+
+    def step(self, loss: Tensor) -> None:
+        changes = list(self.weights.values())
+        gradients = [g / self.scale for g in torch.autograd.grad(self.scale * loss, [c.nudge for c in changes])]
+        if self.rate is None:
+            self.rate = self._first_rate(changes, gradients)
+        for change, gradient in zip(changes, gradients):
+            change.coefficients -= self.rate * gradient
+
+    def _first_rate(self, changes: Sequence[Change], gradients: Sequence[Tensor]) -> float:
+        """A step of rate η lowers the loss by η tr(G S Gᵀ); −log σ(β · margin) has a slope of −β/2 where it starts."""
+        metric = sum(change.metric(gradient) for change, gradient in zip(changes, gradients))
+        return self.hparams.mom2_step * self.hparams.beta / (2 * metric) if metric > 0 else 0.0
+
+    def result(self) -> dict[str, Tensor]:
+        """The new weights, float32, as the model stores them."""
+        found = {name: original.to(torch.float32, copy=True) for name, original in self.originals.items()}
+        for name, change in self.weights.items():
+            if change.keys is not None:
+                delta = change.dense()
+                transposed = isinstance(self.model.get_submodule(name.removesuffix(".weight")), Conv1D)
+                found[name] = found[name].to(delta.device) + (delta.T if transposed else delta)
+        return found
+
+    def usages(self) -> dict[str, Usage]:
+        """What the projections are used for once this edit is one of those made."""
+        return {
+            name: change.usage if change.keys is None else change.usage.protecting(change.keys.cpu())
+            for name, change in self.weights.items()
+        }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is known of a model, as long as the model is there: the inverses, and the keys of the edits that its weights hold.
+
+
+@dataclass
+class _Known:
+    settings: Any
+    ordinary: dict[str, Usage]
+    edited: dict[str, Usage]
+    fingerprints: dict[str, str]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def usages(model: Any, tok: Any, hparams: KDPOHyperParams) -> dict[str, Usage]:
+    """What the edited projections are used for, by the names of their weights.
+
+    Keys of earlier edits count for as long as the weights are those that the last of them left: edits that were undone, or
+    changed by something else, are not stepped around.
+
+    Raises:
+        HParamsError: statistics that are missing and cannot be made, cannot be read, or do not fit the model.
+    """
+    names = list(hparams.edited_parameters(model))
+    settings = (
+        names, hparams.stats_dir, hparams.mom2_dataset, hparams.mom2_n_samples, hparams.mom2_dtype, hparams.mom2_damping,
+        hparams.mom2_edit_weight,
+    )  # fmt: skip
+    known = _KNOWN.get(model)
+    if known is None or known.settings != settings:
+        known = _KNOWN[model] = _Known(settings, _ordinary(model, tok, names, hparams), {}, {})
+    return known.edited if known.edited and known.fingerprints == _fingerprints(model, names) else known.ordinary
+
+
+def remember(model: Any, edited: dict[str, Usage]) -> None:
+    """Let the edits that ``model`` now holds count in :func:`usages`."""
+    known = _KNOWN[model]
+    known.edited, known.fingerprints = edited, _fingerprints(model, edited)
+
+
+def protected_keys(model: Any) -> dict[str, Tensor]:
+    """What is to be kept of the edits that ``model`` holds, to go on from them another time; empty where nothing is known."""
+    known = _KNOWN.get(model)
+    return {} if known is None else {name: usage.protected for name, usage in known.edited.items()}
+
+
+def protect_keys(model: Any, tok: Any, hparams: KDPOHyperParams, protected: Mapping[str, Tensor]) -> None:
+    """Go on from the edits that ``model`` holds with what :func:`protected_keys` gave."""
+    usages(model, tok, hparams)
+    ordinary = _KNOWN[model].ordinary
+    remember(model, {name: replace(ordinary[name], protected=rows) for name, rows in protected.items()})
+
+
+def _ordinary(model: Any, tok: Any, names: Sequence[str], hparams: KDPOHyperParams) -> dict[str, Usage]:
+    found = {}
+    try:
+        for name, file in zip(names, host.make_statistics(model, tok, hparams)):
+            module, moment = model.get_submodule(name.removesuffix(".weight")), host.second_moment(file)
+            width = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+            if moment.shape != (width, width):
+                raise HParamsError(
+                    f"{file}: {list(moment.shape)}, and {name} needs [{width}, {width}]: another model's?"
+                )
+            LOG.info("factorising the statistics of %s, %d × %d", name, width, width)
+            try:
+                found[name] = Usage.of(moment, hparams.mom2_damping, hparams.mom2_edit_weight)
+            except ValueError as error:
+                raise HParamsError(f"{file}: {error}; remove it, and have it made anew") from None
+    except host.HostError as error:
+        raise HParamsError(str(error)) from None
+    return found
+
+
+def _fingerprints(model: Any, names: Iterable[str]) -> dict[str, str]:
+    return {name: fingerprint(weight) for name, weight in read(model, names).items()}

@@ -1,0 +1,216 @@
+"""KDPO+C: S, its updates, the step, and statistics that are wrong."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import GPT2_MODULES, LLAMA_MODULES, REFERENCE, same_state, state
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdpo_easyedit import KDPOHyperParams, apply_kdpo_to_model, execute_kdpo, host, mom2
+from kdpo_easyedit.hparams import HParamsError
+from kdpo_easyedit.mom2 import Usage
+from kdpo_easyedit.preference import edit_tokens, pair_margin
+
+WEIGHT = "transformer.h.3.mlp.c_proj.weight"
+
+
+@pytest.fixture
+def statistics(small_world):
+    """EasyEdit's file of the small world's last layer."""
+    return host.statistics_file(small_world.statistics, str(small_world.folder), WEIGHT.removesuffix(".weight"), "world", 1000)
+
+
+@pytest.fixture
+def aware(hparams, small_world) -> KDPOHyperParams:
+    """KDPO+C for the small world."""
+    return replace(
+        hparams, mom2_adjustment=True, mom2_dataset="world", mom2_n_samples=1000, stats_dir=str(small_world.statistics)
+    )
+
+
+def dense(moment: torch.Tensor, damping: float, keys: torch.Tensor, weight: float) -> torch.Tensor:
+    """S as it is written, in float64."""
+    mean = moment.diagonal().mean()
+    used = moment + weight * keys.T @ keys
+    return torch.linalg.inv(used / mean + damping * torch.eye(len(moment), dtype=torch.float64))
+
+
+def far_from(expected: torch.Tensor, found: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("damping", [0.001, 0.01, 1.0])
+def test_s_is_the_dense_inverse(statistics, damping):
+    moment = host.second_moment(statistics)
+    keys = torch.randn(5, len(moment), generator=torch.Generator().manual_seed(0))
+    expected = keys.double() @ dense(moment, damping, keys[:0].double(), 0)
+    assert far_from(expected, Usage.of(moment, damping, 0.1).times(keys)) < 1e-6
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.1])
+def test_fifty_updates_of_low_rank_are_one_new_inverse(statistics, weight):
+    """Twelve keys an edit are more than twice the inputs after 50, so that they were also put together."""
+    moment = host.second_moment(statistics)
+    usage = Usage.of(moment, 0.01, weight)
+    generator = torch.Generator().manual_seed(0)
+    edits = [torch.randn(12, len(moment), generator=generator) * moment.diagonal().mean().sqrt() for _ in range(50)]
+    for keys in edits:
+        usage = usage.protecting(keys)
+    assert len(usage.protected) <= 2 * len(moment) < 50 * 12
+    every = torch.cat(edits).double()
+    probe = torch.cat((every[:3], torch.randn(3, len(moment), generator=generator).double()))
+    expected = probe @ dense(moment, 0.01, every, weight)
+    assert far_from(expected, usage.times(probe.float())) < 5e-3
+    untouched = Usage.of(moment, 0.01, 0)
+    assert untouched.protecting(edits[0]) is untouched
+
+
+def test_without_the_adjustment_nothing_changes_to_the_bit(fresh, requests, hparams):
+    model, tok = fresh
+    others = replace(hparams, mom2_step=1, mom2_damping=3, mom2_edit_weight=5, mom2_dataset="none", stats_dir="/nowhere")
+    for request in requests[:2]:
+        (plain, trace), (same, trace_of_same) = (execute_kdpo(model, tok, request, h) for h in (hparams, others))
+        assert torch.equal(plain[WEIGHT], same[WEIGHT]) and trace == trace_of_same
+
+
+def test_a_step_is_the_gradient_times_s_and_gains_what_it_is_told_to(fresh, requests, aware, statistics):
+    model, tok = fresh
+    edit = edit_tokens(tok, requests[0]["prompt"], requests[0]["target_new"])
+    at = slice(edit.prompt_length - 1, -1)
+    parameter = model.get_parameter(WEIGHT)
+    logits = model(edit.input_ids).logits[0, at]
+    pairs = torch.stack((edit.targets, logits.argmax(-1)), -1)
+    (gradient,) = torch.autograd.grad(pair_margin(logits.gather(-1, pairs)), parameter)
+    weights, trace = execute_kdpo(model, tok, requests[0], replace(aware, num_steps=1, cycles=1))
+    assert trace.steps == 1
+    step = (weights[WEIGHT] - parameter).double()
+    moment = host.second_moment(statistics)
+    expected = dense(moment, aware.mom2_damping, moment[:0], 0) @ gradient.double()  # a Conv1D's weight is [in, out]
+    assert torch.nn.functional.cosine_similarity(step.flatten(), expected.flatten(), dim=0) > 0.9999
+    assert (step * gradient).sum().item() == pytest.approx(aware.mom2_step, rel=1e-3)
+
+
+def test_edits_cost_what_they_should_not_touch_less(fresh, requests, hparams, aware, statistics):
+    model, tok = fresh
+    moment = host.second_moment(statistics)
+    before = model.get_parameter(WEIGHT).detach().clone()
+    costs = []
+    for settings in (hparams, aware):
+        for request in requests[:5]:
+            weights, trace = execute_kdpo(model, tok, request, settings)
+            assert trace.final_token_accuracy == 1
+            change = (weights[WEIGHT] - before).double()
+            costs.append((change * (moment @ change)).sum().item())
+    assert all(with_s < without / 2 for without, with_s in zip(costs[:5], costs[5:]))
+
+
+def test_keys_of_edits_count_for_as_long_as_the_model_holds_them(fresh, requests, aware):
+    model, tok = fresh
+    before = state(model)
+    first, _ = execute_kdpo(model, tok, requests[1], aware)
+    _, originals = apply_kdpo_to_model(model, tok, requests[:1], aware, return_orig_weights=True)
+    rows = len(mom2.protected_keys(model)[WEIGHT])
+    assert rows == edit_tokens(tok, requests[0]["prompt"], requests[0]["target_new"]).input_ids.shape[1] - 1
+    again = copy.deepcopy(model)  # the same weights, of which nothing is known
+    assert mom2.protected_keys(again) == {}
+    around, _ = execute_kdpo(model, tok, requests[1], aware)
+    plain, _ = execute_kdpo(again, tok, requests[1], aware)
+    assert not torch.equal(around[WEIGHT], plain[WEIGHT])
+    mom2.protect_keys(again, tok, aware, mom2.protected_keys(model))
+    assert torch.equal(around[WEIGHT], execute_kdpo(again, tok, requests[1], aware)[0][WEIGHT])
+
+    apply_kdpo_to_model(model, tok, requests[1:2], aware)
+    assert len(mom2.protected_keys(model)[WEIGHT]) > rows
+    model.load_state_dict(before)  # undone
+    assert torch.equal(first[WEIGHT], execute_kdpo(model, tok, requests[1], aware)[0][WEIGHT])
+    assert torch.equal(originals[WEIGHT], before[WEIGHT])
+
+
+def test_several_layers_share_an_edit(fresh, requests, aware):
+    model, tok = fresh
+    weights, trace = execute_kdpo(model, tok, requests[0], replace(aware, layers=[1, 3]))
+    assert trace.final_token_accuracy == 1
+    for name, weight in weights.items():
+        assert not torch.equal(weight, model.get_parameter(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_llama_is_edited_in_every_precision(tmp_path, dtype):
+    """A weight stored [out, in]; statistics computed from a text."""
+    folder = REFERENCE / "llama"
+    model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+    hparams = KDPOHyperParams(
+        alg_name="KDPO", model_name=str(folder), device="cpu", layers=[1], **LLAMA_MODULES, mom2_adjustment=True,
+        mom2_dataset="mine", mom2_n_samples=50, stats_dir=str(tmp_path),
+    )  # fmt: skip
+    (file,) = host.make_statistics(
+        AutoModelForCausalLM.from_pretrained(folder), tok, hparams, ["The sky is blue.", "Water is wet."] * 25, quiet=True
+    )
+    assert file.is_file()
+    request = {"prompt": "The capital of France is", "target_new": "Rome"}
+    weights, trace = execute_kdpo(model, tok, request, hparams)
+    ((name, weight),) = weights.items()
+    assert weight.dtype == dtype and weight.shape == model.get_parameter(name).shape
+    assert trace.final_token_accuracy == 1 and trace.steps > 0
+
+
+def test_an_interrupt_leaves_model_and_keys_as_they_were(fresh, requests, aware, monkeypatch):
+    model, tok = fresh
+    apply_kdpo_to_model(model, tok, requests[:1], aware)
+    before, rows = state(model), len(mom2.protected_keys(model)[WEIGHT])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mom2.Usage, "protecting", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply_kdpo_to_model(model, tok, requests[1:2], aware)
+    assert same_state(before, state(model)) and len(mom2.protected_keys(model)[WEIGHT]) == rows
+
+
+def write_statistics(file, moment) -> None:
+    file.parent.mkdir(parents=True)
+    constructor = "util.runningstats.SecondMoment()"
+    np.savez(file, **{"mom2.constructor": constructor, "mom2.count": 7, "mom2.mom2": moment, "sample_size": 1000})
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        (None, "there are no such statistics"),
+        (np.eye(3, dtype=np.float32), r"\[3, 3\], and transformer.h.3.mlp.c_proj.weight needs \[256, 256\]"),
+        (-np.eye(256, dtype=np.float32), "not positive semidefinite"),
+        (np.full((256, 256), np.nan, dtype=np.float32), "not finite"),
+        ("text", "not a file of EasyEdit's statistics"),
+        (np.array([object()]), "not a file of EasyEdit's statistics"),
+    ],
+)
+def test_wrong_statistics_are_told_before_the_model_is_touched(fresh, requests, aware, tmp_path, moment, message):
+    model, tok = fresh
+    before = state(model)
+    aware.stats_dir = str(tmp_path / "stats")
+    file = host.statistics_file(tmp_path / "stats", model.config.name_or_path, WEIGHT.removesuffix(".weight"), "world", 1000)
+    if isinstance(moment, str):
+        file.parent.mkdir(parents=True)
+        file.write_text(moment)
+    elif moment is not None:
+        write_statistics(file, moment)
+    for edit in (execute_kdpo, lambda m, t, request, h: apply_kdpo_to_model(m, t, [request], h)):
+        with pytest.raises(HParamsError, match=message) as told:
+            edit(model, tok, requests[0], aware)
+        assert str(file) in str(told.value) and (moment is not None or "--stats_text" in str(told.value))
+    assert same_state(before, state(model))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("negatives", "autoregressive"), ("weight_decay", 0.1), ("norm_constraint", 1e-3)]
+)
+def test_what_does_not_go_together_is_refused(aware, key, value):
+    with pytest.raises(HParamsError, match=re.escape(f"{key} is {value!r}; allowed with mom2_adjustment")):
+        replace(aware, **{key: value})
