@@ -2,7 +2,7 @@
 
 ``python -m kdpo_easyedit.benchmark`` makes the same edit in both forms on one model of random weights, several times in
 turn, and prints the medians, their ratios, and the floor: the time in which this machine could move the bytes, or do the
-operations, that a step cannot do without.
+operations, that a step cannot do without. With ``--mom2`` it makes the edit with KDPO and with KDPO+C instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch.profiler import profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from .hparams import KDPOHyperParams
-from .kdpo_main import execute_kdpo
+from .kdpo_main import execute, execute_kdpo
+from .mom2 import Usage
 from .weights import runs_on
 
 #: The module names of the layouts that it knows: Llama's and GPT-2's.
@@ -82,6 +83,8 @@ SHAPES = {
         layer=21,
     ),
     "llama-2-7b": Shape(_llama(4096, 11008, 32, 32, 32000), layer=21),
+    # Four layers of Llama-3-8B's, one of them above the edited one instead of ten: an edit costs less than the real one.
+    "llama-3-8b-cut": Shape(_llama(4096, 14336, 4, 32, 8000), layer=2),
     # Llama-2-7B's ratios at an eighth of its width and three eighths of its depth.
     "small": Shape(_llama(512, 1376, 12, 8, 8000), layer=8),
 }
@@ -220,6 +223,68 @@ def measure(model: PreTrainedModel, hparams: KDPOHyperParams, tokens: int = 18, 
     )
 
 
+@dataclass(frozen=True)
+class UsageCost:
+    """What KDPO+C costs beside KDPO, in seconds, medians over the repetitions.
+
+    Attributes:
+        factorisation: of the statistics, once a model.
+        inverse: bytes of its result, kept in memory.
+        plain, aware: an edit with KDPO, and with KDPO+C.
+        products, update: of the latter, S times the keys, and letting them count.
+    """
+
+    factorisation: float
+    inverse: int
+    plain: float
+    aware: float
+    products: float
+    update: float
+
+
+def measure_usage(model: PreTrainedModel, hparams: KDPOHyperParams, tokens: int = 18, repeats: int = 3) -> UsageCost:
+    """Make one edit of random tokens with KDPO and with KDPO+C, in turn, on statistics of random keys.
+
+    Args:
+        model: with its weights; they are as they were afterwards.
+        hparams: of KDPO's edit; ``num_steps`` steps in one cycle are made.
+        tokens: of prompt and target.
+        repeats: how often each is timed.
+    """
+    name = next(iter(hparams.edited_parameters(model)))
+    generator = torch.Generator().manual_seed(0)
+    width = model.config.intermediate_size
+    # As spread as real ones are: the largest directions have a thousand times the smallest.
+    rows = torch.randn(width, width, generator=generator) * torch.logspace(0, -1.5, width)
+    moment = rows.T @ rows / width
+    del rows
+    started = _now()
+    usage = Usage.of(moment, hparams.mom2_damping, hparams.mom2_edit_weight)
+    factorisation = _now() - started
+    request = {
+        "prompt": " ".join(map(str, range(tokens - 4))),
+        "target_new": " ".join(map(str, range(tokens, tokens + 4))),
+    }
+    once = replace(hparams, cycles=1, stop_crit=False)
+    keys = torch.randn(tokens - 1, width, generator=generator)
+    times: dict[str, list[float]] = {key: [] for key in ("plain", "aware", "products", "update")}
+    aware = replace(once, mom2_adjustment=True)
+    for _ in range(repeats + 1):
+        times["plain"].append(_seconds(execute, model, _numbers, request, once, {}))
+        times["aware"].append(_seconds(execute, model, _numbers, request, aware, {name: usage}))
+        times["products"].append(_seconds(usage.times, keys))
+        times["update"].append(_seconds(usage.protecting, keys))
+    medians = {key: statistics.median(found[1:]) for key, found in times.items()}  # the first warmed up
+    return UsageCost(factorisation, usage.inverse.nbytes, **medians)
+
+
+def print_usage(cost: UsageCost, console: Console) -> None:
+    """KDPO and KDPO+C side by side."""
+    console.print(f"factorising the statistics, once a model: {cost.factorisation:.1f} s, {cost.inverse / 1e6:.0f} MB kept")
+    console.print(f"seconds an edit: KDPO {cost.plain:.3f}, KDPO+C {cost.aware:.3f}, {cost.aware / cost.plain:.2f} × as long")
+    console.print(f"of which S times the keys: {cost.products:.3f}, letting the keys count: {cost.update:.3f}")
+
+
 def _numbers(text: str) -> dict[str, list[int]]:
     """A tokenizer of texts that are token numbers."""
     return {"input_ids": [int(word) for word in text.split()]}
@@ -320,6 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8, help="of an edit (default: 8)")
     parser.add_argument("--tokens", type=int, default=18, help="of prompt and target (default: 18)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each form is timed (default: 5)")
+    parser.add_argument("--mom2", action="store_true", help="KDPO against KDPO+C instead")
     options = parser.parse_args(arguments)
 
     model, layer = load(options.shape, options.model, getattr(torch, options.dtype), options.device)
@@ -329,7 +395,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.model or options.shape}, layer {layer} of {model.config.num_hidden_layers}, {options.tokens} tokens, "
         f"{options.steps} steps, {options.dtype} on {options.device} ({torch.get_num_threads()} threads)"
     )
-    print_result(measure(model, hparams, options.tokens, repeats=options.repeats), console)
+    if options.mom2:
+        print_usage(measure_usage(model, hparams, options.tokens, options.repeats), console)
+    else:
+        print_result(measure(model, hparams, options.tokens, repeats=options.repeats), console)
 
 
 def hyper_params(model: PreTrainedModel, layer: int, steps: int, device: str) -> KDPOHyperParams:

@@ -94,7 +94,7 @@ def apply_kdpo_to_model(
     usages = mom2.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
     try:
         for request in requests:
-            weights, trace, usages = _execute(model, tok, request, hparams, usages)
+            weights, trace, usages = execute(model, tok, request, hparams, usages)
             write(model, weights)
             if traces is not None:
                 traces.append(trace)
@@ -126,14 +126,14 @@ def execute_kdpo(
     hparams.validate()
     _check_request(request)
     usages = mom2.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
-    weights, trace, _ = _execute(model, tok, request, hparams, usages)
+    weights, trace, _ = execute(model, tok, request, hparams, usages)
     return weights, trace
 
 
-def _execute(
+def execute(
     model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams, usages: dict[str, Usage]
 ) -> tuple[Weights, EditTrace, dict[str, Usage]]:
-    """The edit; for KDPO+C, from what the projections are used for to the same with this edit among it."""
+    """:func:`execute_kdpo`; KDPO+C is told what the projections are used for, and tells it with this edit among it."""
     originals = read(model, hparams.edited_parameters(model))
     edit = edit_tokens(tok, request["prompt"], request["target_new"], runs_on(model.get_input_embeddings()))
     room = getattr(model.config, "max_position_embeddings", None)

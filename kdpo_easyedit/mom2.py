@@ -225,9 +225,7 @@ def _ordinary(model: Any, tok: Any, names: Sequence[str], hparams: KDPOHyperPara
             module, moment = model.get_submodule(name.removesuffix(".weight")), host.second_moment(file)
             width = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
             if moment.shape != (width, width):
-                raise HParamsError(
-                    f"{file}: {list(moment.shape)}, and {name} needs [{width}, {width}]: another model's?"
-                )
+                raise HParamsError(f"{file}: {list(moment.shape)}, and {name} needs [{width}, {width}]: another model's?")
             LOG.info("factorising the statistics of %s, %d × %d", name, width, width)
             try:
                 found[name] = Usage.of(moment, hparams.mom2_damping, hparams.mom2_edit_weight)

@@ -57,3 +57,14 @@ def test_a_result_reads_well():
     benchmark.print_result(benchmark.Result(*costs, 0.01, 1e-7, 10_000_000), console)
     text = console.export_text()
     assert "50.0" in text and "30.0" in text and "33.3" in text and "6.0 × that of W" in text and "4.0 × as long" in text
+
+
+def test_the_cost_of_knowing_what_the_layer_is_used_for(capsys):
+    # An edit with KDPO+C steps through the same layers, without W's gradient and Adam on it.
+    benchmark.main(["--mom2", "--repeats", "3"])
+    printed = capsys.readouterr().out
+    assert "factorising the statistics, once a model" in printed
+    model, layer = benchmark.load("small", None, torch.float32, "cpu")
+    cost = benchmark.measure_usage(model, benchmark.hyper_params(model, layer, 8, "cpu"))
+    assert cost.aware < 1.5 * cost.plain and cost.products + cost.update < cost.plain
+    assert cost.inverse == 4 * model.config.intermediate_size**2

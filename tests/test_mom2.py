@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import GPT2_MODULES, LLAMA_MODULES, REFERENCE, same_state, state
+from conftest import LLAMA_MODULES, REFERENCE, same_state, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit import KDPOHyperParams, apply_kdpo_to_model, execute_kdpo, host, mom2
@@ -208,9 +208,7 @@ def test_wrong_statistics_are_told_before_the_model_is_touched(fresh, requests, 
     assert same_state(before, state(model))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("negatives", "autoregressive"), ("weight_decay", 0.1), ("norm_constraint", 1e-3)]
-)
+@pytest.mark.parametrize(("key", "value"), [("negatives", "autoregressive"), ("weight_decay", 0.1), ("norm_constraint", 1e-3)])
 def test_what_does_not_go_together_is_refused(aware, key, value):
     with pytest.raises(HParamsError, match=re.escape(f"{key} is {value!r}; allowed with mom2_adjustment")):
         replace(aware, **{key: value})
