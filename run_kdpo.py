@@ -19,6 +19,7 @@ _EXAMPLES = """\
 examples:
   python run_kdpo.py
   python run_kdpo.py --editing_method KDPO FT ROME MEMIT --sequential_edit --ds_size 100 --metrics_save_dir hundred
+  python run_kdpo.py --ablation --metrics_save_dir ablation
   python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
 """
 
@@ -52,6 +53,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="after how many sequential edits to measure all of them so far (default: powers of ten, and the end)",
+    )
+    what.add_argument(
+        "--ablation",
+        action="store_true",
+        help="KDPO against DPO, the paper's ablation, as one table: negatives by teacher forcing or as the model writes them, "
+        "generated every cycle or once an edit (default: sequential edits, measured after 100 and 500)",
     )
     data = parser.add_argument_group("the edits")
     data.add_argument("--data_dir", metavar="FILE", help="a benchmark file (default: the world's own)")
@@ -88,6 +95,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ds_size is {options.ds_size}; allowed: a whole number, 1 or above")
     if min(options.eval_at or [1]) < 1:
         parser.error(f"--eval_at is {options.eval_at}; allowed: whole numbers, 1 or above")
+    if options.ablation:
+        for flag in ("editing_method", "save_edits", "save_model"):
+            if getattr(options, flag):
+                parser.error(f"--ablation compares four methods of its own, and takes no --{flag}")
     return options
 
 
@@ -120,21 +131,23 @@ def run(options: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     # Importing the package finds EasyEdit, which takes a moment; --help should not.
     from kdpo_easyedit import build_world, datasets, world
-    from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, check, compare
+    from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, ablation, check, compare
     from kdpo_easyedit.hparams import load_hparams
-    from kdpo_easyedit.report import curve_chart, print_examples, print_tables, radar_chart
+    from kdpo_easyedit.report import curve_chart, print_ablation, print_examples, print_tables, radar_chart
 
     started = time.perf_counter()
     console = Console()
     in_world = options.hparams_dir == world.NAME
-    names = options.editing_method or (["KDPO", "FT", "ROME", "MEMIT"] if in_world else ["KDPO"])
+    names = options.editing_method or (["KDPO", "FT", "ROME", "MEMIT"] if in_world and not options.ablation else ["KDPO"])
     methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in names]
+    if options.ablation:
+        methods = ablation(methods[0].hparams)
     if not options.data_dir and not in_world:
         raise datasets.DatasetError("data_dir is missing: only the world brings edits of its own; name a benchmark file")
     for method in methods:
         if options.device:
             method.hparams.device = options.device
-    protocols = [SEQUENTIAL] if options.sequential_edit else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
+    protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
@@ -142,10 +155,14 @@ def run(options: argparse.Namespace) -> int:
     requests = datasets.load_requests(
         data,
         options.datatype,
-        size=options.ds_size or (None if options.data_dir else 20),
+        size=options.ds_size or (None if options.data_dir or options.ablation else 20),
         shuffle=options.seed if options.shuffle else None,
         need_subject=any("subject" in getattr(method.hparams, "fact_token", "") for method in methods),
     )
+    eval_at = options.eval_at
+    if options.ablation:
+        requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
+        eval_at = eval_at or [100, 500]
 
     folder = Path(options.metrics_save_dir)
     complete = not options.overwrite and is_complete(folder, len(methods) * len(protocols))
@@ -155,7 +172,7 @@ def run(options: argparse.Namespace) -> int:
         protocols,
         folder,
         seed=options.seed,
-        eval_at=options.eval_at,
+        eval_at=eval_at,
         quiet=options.quiet,
         overwrite=options.overwrite,
         **kept,
@@ -163,8 +180,11 @@ def run(options: argparse.Namespace) -> int:
     radar_chart(comparison, folder / "radar.png")
     if comparison.curve:
         curve_chart(comparison.curve, folder / "curve.png")
-    print_examples(methods[0].name, comparison.examples, console)
-    print_tables(comparison, console)
+    if options.ablation:
+        print_ablation(comparison, console)
+    else:
+        print_examples(methods[0].name, comparison.examples, console)
+        print_tables(comparison, console)
     console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}")
     if complete:
         console.print(f"{folder} held this run, complete: these are its figures; --overwrite makes it again")

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 from . import edits, host
 from .datasets import DatasetError, Request
+from .hparams import HParamsError, KDPOHyperParams
 from .kdpo_main import EditTrace
 from .preference import edit_tokens, teacher_forced_negatives
 from .runs import RunFolder
@@ -45,6 +46,26 @@ class Method:
 
     name: str
     hparams: Any
+
+
+def ablation(hparams: KDPOHyperParams) -> list[Method]:
+    """The paper's ablation, KDPO against DPO: four methods that differ in their negatives.
+
+    The DPO rows have the paper's cycles and steps for them, which are fewer.
+
+    Raises:
+        HParamsError: ``hparams`` are of a part of the ablation, and not of KDPO itself.
+    """
+    if hparams.negatives != "teacher_forced" or not hparams.online:
+        given = f"negatives is {hparams.negatives!r} and online is {hparams.online}"
+        raise HParamsError(f"{given}; allowed for an ablation: 'teacher_forced' and True, KDPO's own, which it begins with")
+    dpo = replace(hparams, negatives="autoregressive", num_steps=6, cycles=5)
+    return [
+        Method("KDPO", hparams),
+        Method("KDPO-once", replace(hparams, online=False)),
+        Method("DPO-ablation", dpo),
+        Method("DPO-ablation-once", replace(dpo, online=False)),
+    ]
 
 
 @dataclass(frozen=True)
