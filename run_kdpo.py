@@ -20,8 +20,14 @@ examples:
   python run_kdpo.py
   python run_kdpo.py --editing_method KDPO FT ROME MEMIT --sequential_edit --ds_size 100 --metrics_save_dir hundred
   python run_kdpo.py --ablation --metrics_save_dir ablation
+  python run_kdpo.py --prompt "Ruhon Nugil works as a" --target_new banker --locality_prompt "Ruhon Nugil was born in"
   python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
 """
+_BY_HAND = ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "subject")
+_NOT_BY_HAND = (
+    "sequential_edit", "eval_at", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "metrics_save_dir", "overwrite",
+    "save_model",
+)  # fmt: skip
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -70,10 +76,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     data.add_argument("--ds_size", type=int, metavar="N", help="how many records to take (default: all; of the world's, 20)")
     data.add_argument("--shuffle", action="store_true", help="take the records in random order, by --seed")
+    hand = parser.add_argument_group("one edit by hand", "shows what the model says before and after, and writes no folder")
+    hand.add_argument("--prompt", metavar="TEXT", help="the prompt to edit (default method: KDPO)")
+    hand.add_argument("--target_new", metavar="TEXT", help="the new answer to it")
+    hand.add_argument("--rephrase_prompt", metavar="TEXT", help="the same in other words, to see whether the edit holds there")
+    hand.add_argument("--locality_prompt", metavar="TEXT", help="a prompt that the edit should not touch")
+    hand.add_argument("--subject", metavar="TEXT", help="what the prompt is about, as it is there; ROME and MEMIT need it")
     where = parser.add_argument_group("where")
     where.add_argument(
         "--metrics_save_dir",
-        default="output",
         metavar="DIR",
         help="the run's own folder; the same command goes on in it where it was stopped (default: output)",
     )
@@ -99,6 +110,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         for flag in ("editing_method", "save_edits", "save_model"):
             if getattr(options, flag):
                 parser.error(f"--ablation compares four methods of its own, and takes no --{flag}")
+    if options.prompt is None or options.target_new is None:
+        for flag in _BY_HAND:
+            if getattr(options, flag) is not None:
+                parser.error(f"--{flag} is for one edit by hand, which needs --prompt and --target_new")
+    else:
+        for flag in _NOT_BY_HAND:
+            if getattr(options, flag) != parser.get_default(flag):
+                parser.error(f"--prompt makes one edit by hand, and takes no --{flag}")
     return options
 
 
@@ -107,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.easyedit_dir:
         os.environ["EASYEDIT_HOME"] = options.easyedit_dir
     try:
-        return run(options)
+        return run_by_hand(options) if options.prompt is not None else run(options)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -122,6 +141,34 @@ def is_complete(folder: Path, rows: int) -> bool:
     """Whether a folder has all rows of a run."""
     summary = folder / "summary.json"
     return summary.exists() and len(json.loads(summary.read_text(encoding="utf-8"))) == rows
+
+
+def run_by_hand(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    from kdpo_easyedit import build_world, world
+    from kdpo_easyedit.by_hand import check_record, edit_by_hand, print_by_hand
+    from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, check
+    from kdpo_easyedit.hparams import load_hparams
+
+    methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in options.editing_method or ["KDPO"]]
+    for method in methods:
+        if options.device:
+            method.hparams.device = options.device
+    save_edits = Path(options.save_edits) if options.save_edits else None
+    record = {flag: getattr(options, flag) for flag in _BY_HAND if getattr(options, flag) is not None}
+    check(methods, [SEQUENTIAL if save_edits else SINGLE], save_edits)
+    check_record(methods, record)
+    if options.hparams_dir == world.NAME:
+        build_world(quiet=options.quiet)
+    found = edit_by_hand(methods, record, options.seed, save_edits)
+    console = Console()
+    print_by_hand(record, found, console)
+    if save_edits:
+        console.print(f"the edit is in {save_edits}", highlight=False)
+    return 0
 
 
 def run(options: argparse.Namespace) -> int:
@@ -164,7 +211,7 @@ def run(options: argparse.Namespace) -> int:
         requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
         eval_at = eval_at or [100, 500]
 
-    folder = Path(options.metrics_save_dir)
+    folder = Path(options.metrics_save_dir or "output")
     complete = not options.overwrite and is_complete(folder, len(methods) * len(protocols))
     comparison = compare(
         methods,

@@ -83,8 +83,8 @@ def print_ablation(comparison: Comparison, console: Console) -> None:
             table.add_row(row.method, *cells)
     console.print(table)
     console.print(
-        "KDPO: negatives by teacher forcing; DPO-ablation: as the model writes them\n"
-        "-once: generated at an edit's start, not every cycle\n"
+        "KDPO: negatives by teacher forcing; DPO-ablation: as the model writes them, and\n"
+        "the paper's number of steps for it; -once: generated at an edit's start only\n"
         "in percent by teacher forcing; in brackets, how often the model writes it\n"
         "fluency: n-gram entropy in bits",
         style="dim",
