@@ -156,6 +156,14 @@ def test_the_ablation_changes_the_negatives_and_has_the_papers_steps(methods, re
                 assert all(negatives == trace["negatives"][0] for negatives in trace["negatives"])
 
 
+def test_paths_in_a_yaml_are_meant_from_where_the_command_is_given(methods, requests, small_world, tmp_path, monkeypatch):
+    monkeypatch.chdir(small_world.folder)
+    memit = copy.copy(methods[3].hparams)
+    memit.model_name, memit.stats_dir = f"../{small_world.folder.name}", "stats"
+    (row,) = compare([Method("MEMIT", memit)], requests[:1], [SINGLE], tmp_path).rows
+    assert row.n_edits == 1 and memit.stats_dir == "stats"
+
+
 def test_methods_on_different_models_are_refused(methods, requests, tmp_path):
     other = host.in_place(methods[1].hparams)
     other.model_name = "another"
