@@ -19,8 +19,15 @@ _EXAMPLES = """\
 examples:
   python run_kdpo.py
   python run_kdpo.py --editing_method KDPO FT ROME MEMIT --sequential_edit --ds_size 100 --metrics_save_dir hundred
+  python run_kdpo.py --ablation --metrics_save_dir ablation
+  python run_kdpo.py --prompt "Ruhon Nugil works as a" --target_new banker --locality_prompt "Ruhon Nugil was born in"
   python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
 """
+_BY_HAND = ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "subject")
+_NOT_BY_HAND = (
+    "sequential_edit", "eval_at", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text", "metrics_save_dir",
+    "overwrite", "save_model",
+)  # fmt: skip
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,6 +61,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="after how many sequential edits to measure all of them so far (default: powers of ten, and the end)",
     )
+    what.add_argument(
+        "--ablation",
+        action="store_true",
+        help="KDPO against DPO, the paper's ablation, as one table: negatives by teacher forcing or as the model writes them, "
+        "generated every cycle or once an edit (default: sequential edits, measured after 100 and 500)",
+    )
     data = parser.add_argument_group("the edits")
     data.add_argument("--data_dir", metavar="FILE", help="a benchmark file (default: the world's own)")
     data.add_argument(
@@ -69,10 +82,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="a text, a passage a line, to compute the covariance statistics from that a method needs and that are not there",
     )
+    hand = parser.add_argument_group("one edit by hand", "shows what the model says before and after, and writes no folder")
+    hand.add_argument("--prompt", metavar="TEXT", help="the prompt to edit (default method: KDPO)")
+    hand.add_argument("--target_new", metavar="TEXT", help="the new answer to it")
+    hand.add_argument("--rephrase_prompt", metavar="TEXT", help="the same in other words, to see whether the edit holds there")
+    hand.add_argument("--locality_prompt", metavar="TEXT", help="a prompt that the edit should not touch")
+    hand.add_argument("--subject", metavar="TEXT", help="what the prompt is about, as it is there; ROME and MEMIT need it")
     where = parser.add_argument_group("where")
     where.add_argument(
         "--metrics_save_dir",
-        default="output",
         metavar="DIR",
         help="the run's own folder; the same command goes on in it where it was stopped (default: output)",
     )
@@ -94,6 +112,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ds_size is {options.ds_size}; allowed: a whole number, 1 or above")
     if min(options.eval_at or [1]) < 1:
         parser.error(f"--eval_at is {options.eval_at}; allowed: whole numbers, 1 or above")
+    if options.ablation:
+        for flag in ("editing_method", "save_edits", "save_model"):
+            if getattr(options, flag):
+                parser.error(f"--ablation compares four methods of its own, and takes no --{flag}")
+    if options.prompt is None or options.target_new is None:
+        for flag in _BY_HAND:
+            if getattr(options, flag) is not None:
+                parser.error(f"--{flag} is for one edit by hand, which needs --prompt and --target_new")
+    else:
+        for flag in _NOT_BY_HAND:
+            if getattr(options, flag) != parser.get_default(flag):
+                parser.error(f"--prompt makes one edit by hand, and takes no --{flag}")
     return options
 
 
@@ -102,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.easyedit_dir:
         os.environ["EASYEDIT_HOME"] = options.easyedit_dir
     try:
-        return run(options)
+        return run_by_hand(options) if options.prompt is not None else run(options)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -119,6 +149,34 @@ def is_complete(folder: Path, rows: int) -> bool:
     return summary.exists() and len(json.loads(summary.read_text(encoding="utf-8"))) == rows
 
 
+def run_by_hand(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    from kdpo_easyedit import build_world, world
+    from kdpo_easyedit.by_hand import check_record, edit_by_hand, print_by_hand
+    from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, check
+    from kdpo_easyedit.hparams import load_hparams
+
+    methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in options.editing_method or ["KDPO"]]
+    for method in methods:
+        if options.device:
+            method.hparams.device = options.device
+    save_edits = Path(options.save_edits) if options.save_edits else None
+    record = {flag: getattr(options, flag) for flag in _BY_HAND if getattr(options, flag) is not None}
+    check(methods, [SEQUENTIAL if save_edits else SINGLE], save_edits)
+    check_record(methods, record)
+    if options.hparams_dir == world.NAME:
+        build_world(quiet=options.quiet)
+    found = edit_by_hand(methods, record, options.seed, save_edits)
+    console = Console()
+    print_by_hand(record, found, console)
+    if save_edits:
+        console.print(f"the edit is in {save_edits}", highlight=False)
+    return 0
+
+
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -126,21 +184,24 @@ def run(options: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     # Importing the package finds EasyEdit, which takes a moment; --help should not.
     from kdpo_easyedit import build_world, datasets, world
-    from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, check, compare
+    from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, ablation, check, compare
     from kdpo_easyedit.hparams import load_hparams
-    from kdpo_easyedit.report import curve_chart, print_examples, print_tables, radar_chart
+    from kdpo_easyedit.report import curve_chart, print_ablation, print_examples, print_tables, radar_chart
 
     started = time.perf_counter()
     console = Console()
     in_world = options.hparams_dir == world.NAME
-    names = options.editing_method or (["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"] if in_world else ["KDPO"])
+    of_world = ["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"]
+    names = options.editing_method or (of_world if in_world and not options.ablation else ["KDPO"])
     methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in names]
+    if options.ablation:
+        methods = ablation(methods[0].hparams)
     if not options.data_dir and not in_world:
         raise datasets.DatasetError("data_dir is missing: only the world brings edits of its own; name a benchmark file")
     for method in methods:
         if options.device:
             method.hparams.device = options.device
-    protocols = [SEQUENTIAL] if options.sequential_edit else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
+    protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
@@ -149,12 +210,16 @@ def run(options: argparse.Namespace) -> int:
     requests = datasets.load_requests(
         data,
         options.datatype,
-        size=options.ds_size or (None if options.data_dir else 20),
+        size=options.ds_size or (None if options.data_dir or options.ablation else 20),
         shuffle=options.seed if options.shuffle else None,
         need_subject=any("subject" in getattr(method.hparams, "fact_token", "") for method in methods),
     )
+    eval_at = options.eval_at
+    if options.ablation:
+        requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
+        eval_at = eval_at or [100, 500]
 
-    folder = Path(options.metrics_save_dir)
+    folder = Path(options.metrics_save_dir or "output")
     complete = not options.overwrite and is_complete(folder, len(methods) * len(protocols))
     comparison = compare(
         methods,
@@ -162,7 +227,7 @@ def run(options: argparse.Namespace) -> int:
         protocols,
         folder,
         seed=options.seed,
-        eval_at=options.eval_at,
+        eval_at=eval_at,
         quiet=options.quiet,
         overwrite=options.overwrite,
         stats_texts=stats_texts,
@@ -171,8 +236,11 @@ def run(options: argparse.Namespace) -> int:
     radar_chart(comparison, folder / "radar.png")
     if comparison.curve:
         curve_chart(comparison.curve, folder / "curve.png")
-    print_examples(methods[0].name, comparison.examples, console)
-    print_tables(comparison, console)
+    if options.ablation:
+        print_ablation(comparison, console)
+    else:
+        print_examples(methods[0].name, comparison.examples, console)
+        print_tables(comparison, console)
     console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}")
     if complete:
         console.print(f"{folder} held this run, complete: these are its figures; --overwrite makes it again")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import random
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import AutoTokenizer
 
 from . import edits, host
 from .datasets import DatasetError, Request
+from .hparams import HParamsError, KDPOHyperParams
 from .kdpo_main import EditTrace
 from .preference import edit_tokens, teacher_forced_negatives
 from .runs import RunFolder
@@ -45,6 +47,26 @@ class Method:
 
     name: str
     hparams: Any
+
+
+def ablation(hparams: KDPOHyperParams) -> list[Method]:
+    """The paper's ablation, KDPO against DPO: four methods that differ in their negatives.
+
+    The DPO rows have the paper's cycles and steps for them, which are fewer.
+
+    Raises:
+        HParamsError: ``hparams`` are of a part of the ablation, and not of KDPO itself.
+    """
+    if hparams.negatives != "teacher_forced" or not hparams.online:
+        given = f"negatives is {hparams.negatives!r} and online is {hparams.online}"
+        raise HParamsError(f"{given}; allowed for an ablation: 'teacher_forced' and True, KDPO's own, which it begins with")
+    dpo = replace(hparams, negatives="autoregressive", num_steps=6, cycles=5)
+    return [
+        Method("KDPO", hparams),
+        Method("KDPO-once", replace(hparams, online=False)),
+        Method("DPO-ablation", dpo),
+        Method("DPO-ablation-once", replace(dpo, online=False)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,7 @@ def compare(
     methods = [Method(method.name, host.in_place(method.hparams)) for method in methods]
     checkpoints = sorted({n for n in eval_at or _powers_of_ten(len(requests)) if n < len(requests)} | {len(requests)})
     settings = {
-        "methods": {method.name: _plain(method.hparams) for method in methods},
+        "methods": {method.name: plain(method.hparams) for method in methods},
         "data": hashlib.sha256(json.dumps(requests).encode()).hexdigest(),
         "protocols": list(protocols),
         "checkpoints": checkpoints,
@@ -166,7 +188,7 @@ def compare(
         result = Comparison(summarise("(before)", "", before, "pre"), [], [], [])
         for protocol in protocols:
             for method in methods:
-                editor = _editor(method, first, protocol)
+                editor = editor_of(method, first, protocol)
                 host.set_contexts({})
                 if protocol == SINGLE:
                     row = _edit_one_by_one(run, editor, before, method.name, seed, bar)
@@ -197,6 +219,8 @@ def check(
                 raise host.HostError(f"save_edits and save_model keep changed weights, and {method.name} changes none")
     if (save_edits or save_model) and (len(methods) != 1 or SEQUENTIAL not in protocols):
         raise host.HostError("save_edits and save_model keep the sequential edits of one method; name one method")
+    if save_edits and not save_edits.absolute().parent.is_dir():
+        raise host.HostError(f"save_edits is {str(save_edits)!r}, whose folder is not there; make it first")
     if save_model and save_model.exists():
         raise host.HostError(f"save_model is {str(save_model)!r}, which is there already; name a new folder")
     loading = [_settings(method.hparams) for method in methods]
@@ -224,7 +248,7 @@ def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[Metrics], nam
     journal = run.journal(f"{name}-{SINGLE}.jsonl")
     with bar(total=len(before), initial=len(journal.entries), desc=f"{name}, single edits") as progress:
         for entry in before[len(journal.entries) :]:
-            edit = _timed_edit(editor, editor.model, entry["requested_rewrite"], seed)
+            edit = timed_edit(editor, editor.model, entry["requested_rewrite"], seed)
             try:
                 post = _measure_after(editor, edit.model, entry, seed)
             finally:
@@ -280,7 +304,7 @@ def _edit_in_sequence(
     in_weights = host.edits_weights(editor.hparams)
     edited, originals, rows = editor.model, {}, []
     if weights and not in_weights:  # any edit makes the adapter that the saved weights belong in
-        edited = _timed_edit(editor, editor.model, before[0]["requested_rewrite"], seed).model
+        edited = timed_edit(editor, editor.model, before[0]["requested_rewrite"], seed).model
     elif weights:
         originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
     try:
@@ -290,7 +314,7 @@ def _edit_in_sequence(
         with bar(total=len(before), initial=finished, desc=f"{name}, sequential edits") as progress:
             for checkpoint in checkpoints:
                 for entry in before[len(journal.entries) : checkpoint]:
-                    edit = _timed_edit(editor, edited, entry["requested_rewrite"], seed + len(journal.entries))
+                    edit = timed_edit(editor, edited, entry["requested_rewrite"], seed + len(journal.entries))
                     edited, originals = edit.model, edit.originals | originals
                     journal.append({"time": edit.seconds, **edit.trace})
                     progress.set_postfix_str(_running(journal.entries), refresh=False)
@@ -316,7 +340,7 @@ def _edit_in_sequence(
                 rows.append(summarise(name, SEQUENTIAL, metrics, "post"))
         if save_edits:
             requests = [entry["requested_rewrite"] for entry in before]
-            edits.save_edits(save_edits, edited, originals, requests, _plain(editor.hparams))
+            edits.save_edits(save_edits, edited, originals, requests, plain(editor.hparams))
         if save_model:
             _save_model(edited, save_model)
     finally:
@@ -344,7 +368,7 @@ def _running(entries: Sequence[Metrics]) -> str:
 
 
 @dataclass(frozen=True)
-class _Edit:
+class Edit:
     """One edit, made: the model, the changed weights as they were, how long it took, and what the method tells of it."""
 
     model: Any
@@ -353,7 +377,8 @@ class _Edit:
     trace: dict[str, Any]
 
 
-def _timed_edit(editor: Any, model: Any, request: Request, seed: int) -> _Edit:
+def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
+    """One edit by an editor's method; of KDPO with its trace, of others with ``final_token_accuracy`` alone."""
     _seed_everything(seed)
     traces: list[EditTrace] = []
     started = time.perf_counter()
@@ -362,17 +387,29 @@ def _timed_edit(editor: Any, model: Any, request: Request, seed: int) -> _Edit:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     if traces:
-        return _Edit(edited, originals, seconds, traces[0].to_dict())
+        return Edit(edited, originals, seconds, traces[0].to_dict())
     accuracy = token_accuracy(edited, editor.tok, request)
-    return _Edit(edited, originals, seconds, {"final_token_accuracy": accuracy})
+    return Edit(edited, originals, seconds, {"final_token_accuracy": accuracy})
 
 
 def token_accuracy(model: Any, tok: Any, request: Request) -> float:
     """The share of the target's tokens that the model says under teacher forcing."""
+    logits, targets = _target_logits(model, tok, request)
+    return (teacher_forced_negatives(logits) == targets).double().mean().item()
+
+
+def target_probability(model: Any, tok: Any, request: Request) -> float:
+    """How likely the model is to say the whole target: the product of its tokens' probabilities under teacher forcing."""
+    logits, targets = _target_logits(model, tok, request)
+    log_probs = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1))
+    return math.exp(sum(log_probs.flatten().tolist()))
+
+
+def _target_logits(model: Any, tok: Any, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits ``[T, V]`` of the positions that predict the target's tokens, and those tokens, int64 ``[T]``."""
     tokens = edit_tokens(tok, request["prompt"], request["target_new"], model.device)
     with torch.no_grad():
-        logits = model(input_ids=tokens.input_ids).logits[0, tokens.prompt_length - 1 : -1]
-    return (teacher_forced_negatives(logits) == tokens.targets).double().mean().item()
+        return model(input_ids=tokens.input_ids).logits[0, tokens.prompt_length - 1 : -1], tokens.targets
 
 
 def _measure(editor: Any, model: Any, request: Request, seed: int) -> Metrics:
@@ -441,6 +478,8 @@ def continuation(model: Any, tok: Any, prompt: str, target: str) -> str:
     """What the model writes after a prompt, greedily, to the end of the line, with a little more room than the target needs."""
     inputs = tok(prompt, return_tensors="pt").to(model.device)
     room = len(tok(f" {target}")["input_ids"]) + 8
+    if limit := getattr(model.config, "max_position_embeddings", None):
+        room = max(1, min(room, limit - inputs["input_ids"].shape[1]))
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=tok.pad_token_id)
     text = tok.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -454,26 +493,34 @@ def answers(text: str, target: str) -> bool:
 
 
 def _check_room(requests: Sequence[Request], model: Any, tok: Any) -> None:
-    room = getattr(model.config, "max_position_embeddings", None)
     for number, request in enumerate(requests):
-        texts = {"prompt and target_new": f"{request['prompt']} {request['target_new']}"}
+        texts = [("prompt and target_new", f"{request['prompt']} {request['target_new']}")]
         if "rephrase_prompt" in request:
-            texts["rephrase_prompt and target_new"] = f"{request['rephrase_prompt']} {request['target_new']}"
+            texts.append(("rephrase_prompt and target_new", f"{request['rephrase_prompt']} {request['target_new']}"))
         for section in ("locality", "portability"):
             for kind, asked in request[section].items():
-                longest = max((f"{p} {a}" for p, a in zip(asked["prompt"], asked["ground_truth"])), key=len, default="")
-                texts[f"a prompt and answer of {section}.{kind}"] = longest
-        for what, text in texts.items():
-            length = len(tok(text)["input_ids"])
-            if room and length > room:
-                raise DatasetError(f"record {number}: {what} have {length} tokens, and the model takes {room}: {text[:60]!r}…")
+                pairs = zip(asked["prompt"], asked["ground_truth"])
+                texts += [(f"a prompt and answer of {section}.{kind}", f"{prompt} {answer}") for prompt, answer in pairs]
+        for what, text in texts:
+            check_length(f"edit {number} ({request['prompt'][:60]!r}…): {what}", text, model, tok)
+
+
+def check_length(what: str, text: str, model: Any, tok: Any) -> None:
+    """Whether a model has room for a text.
+
+    Raises:
+        DatasetError: it has not; the message begins with ``what``.
+    """
+    room, length = getattr(model.config, "max_position_embeddings", None), len(tok(text)["input_ids"])
+    if room and length > room:
+        raise DatasetError(f"{what} have {length} tokens, and the model takes {room}")
 
 
 def _powers_of_ten(end: int) -> list[int]:
     return [10**n for n in range(len(str(end)))]
 
 
-def _plain(hparams: Any) -> dict[str, Any]:
+def plain(hparams: Any) -> dict[str, Any]:
     """Hyper-parameters as JSON can hold them."""
     name = hparams.model_name if isinstance(hparams.model_name, str) else hparams.model_name[0].config.name_or_path
     return json.loads(json.dumps(vars(hparams) | {"model_name": str(name)}, default=str))
@@ -484,7 +531,7 @@ def _settings(hparams: Any) -> tuple[Any, ...]:
     return tuple(getattr(hparams, key, False) for key in ("model_name", "device", "fp16", "model_parallel"))
 
 
-def _editor(method: Method, loaded: Any, protocol: str) -> Any:
+def editor_of(method: Method, loaded: Any, protocol: str) -> Any:
     """EasyEdit's editor of a method, on the model that another editor has loaded."""
     hparams = copy.copy(method.hparams)
     # What wraps the model also changes it; it gets one of its own.

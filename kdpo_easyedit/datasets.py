@@ -196,7 +196,7 @@ def _rome(record: Record) -> Request:
     )
 
 
-def _flat(record: Record) -> Request:
+def flat(record: Record) -> Request:
     """A prompt and a new answer, and whatever else there is, side by side: EasyEdit's CounterFact, WikiBigEdit, your own."""
 
     def asked(section: str) -> dict[str, list[str]]:
@@ -224,7 +224,7 @@ _LAYOUTS: dict[str, tuple[set[str], Callable[[Record], Request | None]]] = {
     "wikibio": ({"text", "labels", "concept"}, _wikibio),
     "zsre_mend": ({"src", "alt", "loc"}, _mend),
     "counterfact_rome": ({"requested_rewrite"}, _rome),
-    "flat": ({"prompt", "target_new"}, _flat),
+    "flat": ({"prompt", "target_new"}, flat),
 }
 DATATYPES = tuple(_LAYOUTS)
 

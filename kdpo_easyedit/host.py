@@ -291,7 +291,7 @@ def _mend_loading() -> None:
         self.alg_name, self.apply_algo = hparams.alg_name, ALG_DICT[hparams.alg_name]
         if not _EDITOR_LOG.handlers:
             _module("editors.editor").make_logs()
-        vars(hparams).update(vars(in_place(hparams)))
+        vars(hparams).update(vars(_with_world(hparams)))
         if isinstance(hparams.model_name, str):
             self.model, self.tok = load_model(hparams)
         else:
@@ -565,6 +565,16 @@ def build_world(recipe: world.Recipe = world.Recipe(), quiet: bool = False) -> w
 
 
 def in_place(hparams: Any) -> Any:
+    """A copy of ``hparams`` that means the same in whatever folder it is used: with absolute paths, and the world built."""
+    hparams = _with_world(hparams)
+    if isinstance(hparams.model_name, str) and Path(hparams.model_name).is_dir():
+        hparams.model_name = str(Path(hparams.model_name).resolve())
+    if hasattr(hparams, "stats_dir"):
+        hparams.stats_dir = str(Path(hparams.stats_dir).resolve())
+    return hparams
+
+
+def _with_world(hparams: Any) -> Any:
     """A copy of ``hparams``; where their model is the world, it is built and they name its folder and statistics."""
     hparams = copy.copy(hparams)
     if hparams.model_name == world.NAME:

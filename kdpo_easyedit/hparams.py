@@ -247,7 +247,7 @@ class KDPOHyperParams(HyperParams):
     ln_f_module: str = _field("the final norm", _text)
     lm_head_module: str = _field("the output layer (or the embedding that it is tied to)", _text)
     num_steps: int = _field("optimiser steps a cycle, at most", _count, 8)
-    cycles: int = _field("cycles, each with new negatives, at most", _count, 20)
+    cycles: int = _field("cycles, at most", _count, 20)
     lr: float = _field("Adam's learning rate", _positive, 1e-4)
     beta: float = _field("strength of the preference (DPO's beta)", _positive, 0.1)
     stop_crit: Any = _field("a cycle ends where the loss falls below it; false: never", _positive_or_false, 1e-3)
@@ -258,6 +258,7 @@ class KDPOHyperParams(HyperParams):
         _one_of("teacher_forced", "autoregressive"),
         "teacher_forced",
     )
+    online: bool = _field("true: new negatives every cycle; false: those of the edit's start in every cycle", _flag, True)
     sequential_edit: bool = _field("edits follow one another: lr is scaled", _flag, False)
     sequential_lr_scale: float = _field("what lr is multiplied by in sequential edits", _positive, 0.2)
     update_scale: float = _field("the share of the update that is applied; 2 repeats the release's doubling", _positive, 1.0)

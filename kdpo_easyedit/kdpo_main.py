@@ -31,7 +31,8 @@ class EditTrace:
     """What happened in one edit.
 
     Attributes:
-        negatives: of every cycle, the T tokens that the model said at its start.
+        negatives: of every cycle, its T tokens to avoid: what the model said at its start, or, where the negatives are not
+            ``online``, at the edit's.
         losses: of every cycle, the loss before every step, and the one that ended the cycle where one did.
         token_accuracy: of every cycle, the share of the target's tokens that teacher forcing gave at its start.
         steps: optimiser steps taken.
@@ -226,6 +227,8 @@ class _TeacherForced:
             model, originals, hparams.layer_module_tmp, hparams.mlp_module_tmp, edit.input_ids, edit.prompt_length
         )
         self.targets = edit.targets
+        self.online = hparams.online
+        self.negatives: Tensor
         self.pairs: Tensor
         self.first = True
 
@@ -237,17 +240,18 @@ class _TeacherForced:
         self.suffix.__exit__()
 
     def renew(self, weights: EditedWeights) -> tuple[Tensor, float]:
-        """New negatives, int64 ``[T]``, and the share of the target that they hit."""
+        """The cycle's negatives, int64 ``[T]``, and the share of the target that the model says now."""
         if self.first:  # the weights are still the model's own
-            self.first = False
             logits = self.suffix.own_logits
         else:
             with torch.no_grad():
                 logits = self.suffix.target_logits(weights)
-        negatives = teacher_forced_negatives(logits[0])
-        targets = self.targets.to(negatives.device)
-        self.pairs = torch.stack((targets, negatives), dim=-1)
-        return negatives, (negatives == targets).double().mean().item()
+        said = teacher_forced_negatives(logits[0])
+        targets = self.targets.to(said.device)
+        if self.first or self.online:
+            self.negatives, self.pairs = said, torch.stack((targets, said), dim=-1)
+        self.first = False
+        return self.negatives, (said == targets).double().mean().item()
 
     def reference_margin(self) -> Tensor:
         return pair_margin(self.suffix.own_logits[0].gather(-1, self.pairs))
@@ -259,12 +263,13 @@ class _TeacherForced:
 class _Autoregressive:
     """The paper's DPO ablation: the negative is the model's own greedy answer, and each sequence has its own prefix.
 
-    Every cycle has a sequence of its own, so what lies below W is recorded once a cycle, for both in one batch.
+    Every answer is a sequence of its own, so what lies below W is recorded once an answer, for both in one batch.
     """
 
     def __init__(self, model: PreTrainedModel, edit: EditTokens, originals: Weights, hparams: KDPOHyperParams) -> None:
         self.model, self.edit, self.originals, self.hparams = model, edit, originals, hparams
         self.replay = ExitStack()
+        self.negative: Tensor | None = None
         self.logits: Tensor | None = None
 
     def __enter__(self) -> _Autoregressive:
@@ -274,7 +279,15 @@ class _Autoregressive:
         self.replay.close()
 
     def renew(self, weights: EditedWeights) -> tuple[Tensor, float]:
-        """A new greedy answer, int64 ``[T]``, and the share of the target that teacher forcing gives."""
+        """The cycle's greedy answer, int64 ``[T]``, and the share of the target that teacher forcing gives now."""
+        if self.negative is None or self.hparams.online:
+            self.negative = self._answer(weights)
+        self.logits = self.suffix.target_logits(weights)
+        said = teacher_forced_negatives(self.logits[0])
+        return self.negative, (said == self.edit.targets).double().mean().item()
+
+    def _answer(self, weights: EditedWeights) -> Tensor:
+        """A new greedy answer, int64 ``[T]``, with what a step replays for it and the target."""
         self.replay.close()
         edit = self.edit
         prompt = edit.input_ids[:, : edit.prompt_length]
@@ -292,9 +305,7 @@ class _Autoregressive:
                 edit.prompt_length,
             )
         )
-        self.logits = self.suffix.target_logits(weights)
-        said = teacher_forced_negatives(self.logits[0])
-        return negative, (said == edit.targets).double().mean().item()
+        return negative
 
     def reference_margin(self) -> Tensor:
         return sequence_margin(self.suffix.own_logits, self.sequences)

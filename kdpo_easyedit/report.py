@@ -63,6 +63,35 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     )
 
 
+def print_ablation(comparison: Comparison, console: Console) -> None:
+    """One table for :func:`kdpo_easyedit.comparison.ablation`: a row a method and checkpoint, the best there in bold."""
+    table = Table(title="sequential edits, all measured on the model at that point", title_justify="left", title_style="bold")
+    table.add_column("negatives")
+    for heading in ("edit\nsuccess", "general-\nization", "port-\nability", "locality", "fluency"):
+        table.add_column(heading, justify="right")
+    for n_edits in sorted({row.n_edits for row in comparison.curve}):
+        rows = [row for row in comparison.curve if row.n_edits == n_edits]
+        table.add_section()
+        table.add_row(Text(f"after {n_edits} edits", style="italic"))
+        for row in rows:
+            cells = []
+            for key in _MEASURES:
+                value = getattr(row, key)
+                shown = "–" if value is None else f"{value:.2f}" if key == "fluency" else f"{value:.1f}"
+                shown += f" ({getattr(row, _GENERATED[key]):.0f})" if value is not None and key in _GENERATED else ""
+                cells.append(Text(shown, style="bold" if value is not None and value == _best(rows, key) else ""))
+            table.add_row(row.method, *cells)
+    console.print(table)
+    console.print(
+        "KDPO: negatives by teacher forcing; DPO-ablation: as the model writes them, and\n"
+        "the paper's number of steps for it; -once: generated at an edit's start only\n"
+        "in percent by teacher forcing; in brackets, how often the model writes it\n"
+        "fluency: n-gram entropy in bits",
+        style="dim",
+        highlight=False,
+    )
+
+
 def _best(rows: Sequence[Summary], key: str) -> float | None:
     values = [getattr(row, key) for row in rows if getattr(row, key) is not None]
     if not values:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from test_host import arguments
 
 from kdpo_easyedit import host
-from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, answers, compare, continuation, summarise
+from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, ablation, answers, compare, continuation, summarise
 from kdpo_easyedit.datasets import DatasetError
-from kdpo_easyedit.hparams import load_hparams
+from kdpo_easyedit.hparams import HParamsError, load_hparams
 
 N = 3
 
@@ -135,6 +135,35 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(methods, requests, lo
         assert same_state(before, state(model))
 
 
+def test_the_ablation_changes_the_negatives_and_has_the_papers_steps(methods, requests, tmp_path):
+    hparams = methods[0].hparams
+    cells = ablation(hparams)
+    assert [(m.hparams.negatives, m.hparams.online, m.hparams.num_steps, m.hparams.cycles) for m in cells] == [
+        ("teacher_forced", True, 8, 20),
+        ("teacher_forced", False, 8, 20),
+        ("autoregressive", True, 6, 5),
+        ("autoregressive", False, 6, 5),
+    ]
+    assert cells[0].hparams == hparams and len({m.name for m in cells} - {"DPO"}) == 4
+    with pytest.raises(HParamsError, match="negatives is 'autoregressive' and online is True; allowed for an ablation"):
+        ablation(cells[2].hparams)
+    compare(cells, requests[:2], [SEQUENTIAL], tmp_path)
+    for cell in cells:
+        for line in (tmp_path / f"{cell.name}-sequential.jsonl").read_text().splitlines():
+            trace = json.loads(line)
+            assert len(trace["negatives"]) > 1 and len(trace["negatives"]) <= cell.hparams.cycles
+            if not cell.hparams.online:
+                assert all(negatives == trace["negatives"][0] for negatives in trace["negatives"])
+
+
+def test_paths_in_a_yaml_are_meant_from_where_the_command_is_given(methods, requests, small_world, tmp_path, monkeypatch):
+    monkeypatch.chdir(small_world.folder)
+    memit = copy.copy(methods[3].hparams)
+    memit.model_name, memit.stats_dir = f"../{small_world.folder.name}", "stats"
+    (row,) = compare([Method("MEMIT", memit)], requests[:1], [SINGLE], tmp_path).rows
+    assert row.n_edits == 1 and memit.stats_dir == "stats"
+
+
 def test_methods_on_different_models_are_refused(methods, requests, tmp_path):
     other = host.in_place(methods[1].hparams)
     other.model_name = "another"
@@ -235,10 +264,23 @@ def test_every_checkpoint_is_measured_on_the_model_as_it_stands_then(run, method
 def test_what_the_model_has_no_room_for_is_refused_before_any_work(methods, requests, tmp_path):
     long = {**requests[1], "rephrase_prompt": "word " * 300}
     with pytest.raises(
-        DatasetError, match=r"record 1: rephrase_prompt and target_new have \d+ tokens, and the model takes 256"
+        DatasetError, match=r"edit 1 \('.*'…\): rephrase_prompt and target_new have \d+ tokens, and the model takes 256"
     ):
         compare(methods[:1], [requests[0], long], [SINGLE], tmp_path)
     assert not (tmp_path / "before.jsonl").exists()
+
+
+def test_a_prompt_that_leaves_no_more_room_than_the_target_needs_runs(methods, requests, loaded, tmp_path):
+    model, tok = loaded
+    room = model.config.max_position_embeddings
+    filler = "".join(f" {request['prompt']} {request['target_new']}." for request in requests)
+    ids = tok(filler)["input_ids"][: room - 10]
+    request = {**requests[0], "prompt": tok.decode(ids) + f" {requests[0]['prompt']}", "locality": {}, "portability": {}}
+    while len(tok(f"{request['prompt']} {request['target_new']}")["input_ids"]) > room:
+        ids = ids[:-1]
+        request["prompt"] = tok.decode(ids) + f" {requests[0]['prompt']}"
+    (row,) = compare(methods[:1], [request], [SINGLE], tmp_path).rows
+    assert 0 <= row.edit_success <= 100 and row.fluency is not None
 
 
 @pytest.fixture

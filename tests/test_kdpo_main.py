@@ -202,3 +202,22 @@ def test_the_dpo_ablation_edits_too(fresh, requests, hparams):
     ablation = replace(hparams, negatives="autoregressive", num_steps=6, cycles=5, lr=1e-2)
     apply_kdpo_to_model(model, tok, [requests[0]], ablation)
     assert says(model, tok, requests[0])
+
+
+@pytest.mark.parametrize("negatives", ["teacher_forced", "autoregressive"])
+def test_negatives_that_are_not_online_are_generated_once(loaded, requests, hparams, negatives):
+    """The first cycle is the same; later ones keep its negatives, and the end is still that the target is said."""
+    slow = replace(hparams, negatives=negatives, num_steps=2)
+    renewed = kept = 0
+    for request in requests[:5]:
+        _, online = execute_kdpo(*loaded, request, slow)
+        _, once = execute_kdpo(*loaded, request, replace(slow, online=False))
+        assert once.losses[0] == online.losses[0] and once.negatives[0] == online.negatives[0]
+        assert once.token_accuracy[:2] == online.token_accuracy[:2]
+        assert once.negatives == [online.negatives[0]] * len(once.negatives)
+        assert once.ended == ("the target is said" if once.final_token_accuracy == 1 else "all cycles are used")
+        # The reference is that of the same pairs, so that a cycle goes on from the last one's loss.
+        assert all(b[0] < a[0] for a, b in zip(once.losses, once.losses[1:]) if b)
+        renewed += any(later != online.negatives[0] for later in online.negatives[1:])
+        kept += len(once.losses) > 2
+    assert renewed and kept

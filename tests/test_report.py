@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from kdpo_easyedit.comparison import Comparison, Example, Summary
-from kdpo_easyedit.report import curve_chart, print_examples, print_tables, radar_chart
+from kdpo_easyedit.report import curve_chart, print_ablation, print_examples, print_tables, radar_chart
 
 
 @pytest.fixture
@@ -58,6 +58,18 @@ def test_the_table_fits_eighty_columns(comparison):
     print_tables(comparison, plain)
     text = plain.file.getvalue()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_the_ablation_is_one_table_with_the_best_of_every_checkpoint(comparison):
+    rows = [replace(comparison.rows[0], generated_generalization=80.0, method=method) for method in ("KDPO", "DPO-ablation")]
+    weaker = [replace(rows[0], n_edits=500, locality=31.0), replace(rows[1], n_edits=500, locality=32.0, portability=None)]
+    comparison.curve = [rows[0], weaker[0], rows[1], weaker[1]]  # as compare gives them: method by method
+    text = printed(print_ablation, comparison, width=80)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    order = [plain.index(part) for part in ("after 20 edits", "KDPO ", "DPO-ablation ", "after 500 edits")]
+    assert order == sorted(order) and len(re.findall(r"after \d+ edits", plain)) == 2
+    assert re.search(r"\x1b\[1m *32\.0\x1b", text) and not re.search(r"\x1b\[1m *31\.0\x1b", text)
+    assert "90.0 (80)" in plain and "–" in plain and max(map(len, plain.splitlines())) <= 80
 
 
 def test_examples_show_before_and_after():

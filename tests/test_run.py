@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,9 @@ def test_help_reads_well_and_needs_nothing(tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
+HAND = ["--prompt", "Ada works as a", "--target_new", "judge"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -65,6 +69,18 @@ def test_help_reads_well_and_needs_nothing(tmp_path):
         (["--editing_method", "WISE"], "editing_method is 'WISE'; allowed: KDPO"),
         (["--device", "cuda:99"], "device is 'cuda:99'"),
         (["--device", "gpu"], "device is 'gpu'"),
+        (["--save_edits", "no/x", "--editing_method", "KDPO"], "save_edits is 'no/x', whose folder is not there"),
+        (["--ablation", "--editing_method", "KDPO"], "--ablation compares four methods of its own, and takes no --edit"),
+        (["--ablation", "--prompt", "a", "--target_new", "b"], "takes no --ablation"),
+        (["--prompt", "Ada is"], "--prompt is for one edit by hand, which needs --prompt and --target_new"),
+        (["--subject", "Ada"], "--subject is for one edit by hand"),
+        ([*HAND, "--data_dir", "data.json"], "--prompt makes one edit by hand, and takes no --data_dir"),
+        ([*HAND, "--sequential_edit"], "takes no --sequential_edit"),
+        ([*HAND, "--metrics_save_dir", "output"], "takes no --metrics_save_dir"),
+        ([*HAND, "--editing_method", "KDPO", "ROME"], "subject is missing: ROME edits at it (fact_token: subject_last)"),
+        ([*HAND, "--subject", "Bob"], "subject is 'Bob', which is not in the prompt 'Ada works as a'"),
+        ([*HAND, "--rephrase_prompt", " "], "rephrase_prompt is ' '; allowed"),
+        ([*HAND, "--editing_method", "KDPO", "FT", "--save_edits", "x"], "name one method"),
     ],
 )
 def test_bad_input_gets_one_line_before_anything_is_done(tmp_path, monkeypatch, capsys, arguments, message):
@@ -123,6 +139,30 @@ def test_data_files_are_edited_and_nothing_is_written_elsewhere(small_world, sma
     assert f"→ {records[0].get('target_new', records[0].get('alt'))}" in done.stdout and "1 single edits" in done.stdout
     bars = {line.partition(":")[0] for line in done.stderr.splitlines() if line}
     assert bars == {"before editing", "KDPO, single edits"}  # and none of EasyEdit's own
+
+
+def test_an_edit_by_hand_is_shown_and_kept_where_asked_and_nowhere_else(small_world, small_yaml, tmp_path):
+    record = json.loads(small_world.edits.read_text())[0]
+    arguments = ("--prompt", record["prompt"], "--target_new", record["target_new"], "--hparams_dir", small_yaml)
+    done = run(*arguments, "--save_edits", "one.safetensors", folder=tmp_path, COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
+    (before,) = re.findall(r"^  \(before\) +(.*\S)", done.stdout, re.M)
+    (after,) = re.findall(r"^  KDPO +(.*\S)", done.stdout, re.M)
+    assert before.startswith(record["ground_truth"][0]) and after.startswith(record["target_new"])
+    assert "the target is said" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_ablation_is_one_command_and_one_table(small_world, small_yaml, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--ablation", "--hparams_dir", str(small_yaml), "--data_dir", str(small_world.edits), "--eval_at", "2"]
+    assert run_kdpo.main([*arguments, "--ds_size", "3", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert [printed.count(f"after {n} edits") for n in (2, 3)] == [1, 1] and printed.count("DPO-ablation-once") == 2
+    rows = json.loads((tmp_path / "output" / "curve.json").read_text())
+    assert [(row["method"], row["n_edits"]) for row in rows] == [
+        (method, n) for method in ("KDPO", "KDPO-once", "DPO-ablation", "DPO-ablation-once") for n in (2, 3)
+    ]
 
 
 def test_the_default_run_is_the_main_job(tmp_path):

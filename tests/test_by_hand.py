@@ -1,0 +1,94 @@
+"""One edit by hand: what it shows is what the model says, and the model is as it was afterwards."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from conftest import same_state, state
+from rich.console import Console
+
+from kdpo_easyedit import apply_edits
+from kdpo_easyedit.by_hand import Said, edit_by_hand, print_by_hand
+from kdpo_easyedit.comparison import Method, continuation
+from kdpo_easyedit.datasets import DatasetError
+from kdpo_easyedit.hparams import load_hparams
+from kdpo_easyedit.kdpo_main import execute_kdpo
+
+
+@pytest.fixture(scope="module")
+def record(requests):
+    """Three questions of the first edit."""
+    request = requests[0]
+    locality = request["locality"]["Relation_Specificity"]["prompt"][0]
+    keys = ("prompt", "target_new", "rephrase_prompt", "subject")
+    return {key: request[key] for key in keys} | {"locality_prompt": locality}
+
+
+def likelihood(model, tok, record) -> float:
+    """The probability of the target, token by token, each with a forward pass of its own."""
+    ids = tok(f"{record['prompt']} {record['target_new']}", return_tensors="pt")["input_ids"]
+    product = 1.0
+    for end in range(len(tok(record["prompt"])["input_ids"]), ids.shape[1]):
+        with torch.no_grad():
+            product *= model(ids[:, :end]).logits[0, -1].double().softmax(-1)[ids[0, end]].item()
+    return product
+
+
+def test_texts_probabilities_and_steps_are_the_models_own_and_the_edit_is_kept(fresh, record, hparams, tmp_path):
+    model, tok = fresh
+    before = state(model)
+    file = tmp_path / "one.safetensors"
+    _, trace = execute_kdpo(model, tok, record, hparams)
+    hparams.model_name = fresh
+    said, after = edit_by_hand([Method("KDPO", hparams)], record, save_edits=file)
+    assert same_state(before, state(model)) and [path.name for path in tmp_path.iterdir()] == [file.name]
+    prompts = {key: record[key] for key in ("prompt", "rephrase_prompt", "locality_prompt")}
+    assert said.texts == {key: continuation(model, tok, p, record["target_new"]) for key, p in prompts.items()}
+    assert said.probability == pytest.approx(likelihood(model, tok, record), rel=1e-4) and said.seconds is None
+    assert after.trace == trace.to_dict() and after.seconds > 0
+
+    apply_edits(model, file)
+    assert after.texts == {key: continuation(model, tok, p, record["target_new"]) for key, p in prompts.items()}
+    assert after.texts["prompt"].startswith(record["target_new"])
+    assert after.probability == pytest.approx(likelihood(model, tok, record), rel=1e-4) and after.probability > 0.3
+
+
+def test_every_method_edits_the_original_model(fresh, record, hparams, small_world):
+    model, _ = fresh
+    before = state(model)
+    rome = load_hparams("ROME", "world")
+    rome.stats_dir = str(small_world.statistics)
+    hparams.model_name = rome.model_name = fresh
+    both = edit_by_hand([Method("ROME", rome), Method("KDPO", hparams)], record)
+    (_, alone) = edit_by_hand([Method("KDPO", hparams)], record)
+    assert same_state(before, state(model))
+    assert (both[2].texts, both[2].probability, both[2].trace) == (alone.texts, alone.probability, alone.trace)
+    assert both[1].texts != both[0].texts and "steps" not in both[1].trace
+
+
+def test_what_the_model_has_no_room_for_is_told_by_its_field(fresh, record, hparams):
+    hparams.model_name = fresh
+    with pytest.raises(DatasetError, match=r"^locality_prompt and target_new have \d+ tokens, and the model takes 256"):
+        edit_by_hand([Method("KDPO", hparams)], record | {"locality_prompt": "word " * 300})
+
+
+def test_it_is_printed_within_eighty_columns(record):
+    trace = {"steps": 12, "losses": [[0.7] * 8, [0.1] * 4, []], "ended": "the target is said"}
+    texts = dict.fromkeys(("prompt", "rephrase_prompt", "locality_prompt"), "Oslo [bold] " * 20)
+    found = [
+        Said("(before)", texts, 1.2345e-7, None, {}),
+        Said("KDPO", texts | {"prompt": ""}, 0.98765, 0.031, trace),
+        Said("ROME", texts, 0.5, 1.5, {"final_token_accuracy": 1.0}),
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    print_by_hand(record, found, console)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "[bold]" in text and "(nothing)" in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["(before)", "1.2e-05 %", "–", "–", "–", "–"],
+        ["KDPO", "98.77 %", "12", "2", "0.03", "the target is said"],
+        ["ROME", "50.00 %", "–", "–", "1.50", "–"],
+    ]
