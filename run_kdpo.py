@@ -20,6 +20,7 @@ examples:
   python run_kdpo.py
   python run_kdpo.py --editing_method KDPO FT ROME MEMIT --sequential_edit --ds_size 100 --metrics_save_dir hundred
   python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
+  python run_kdpo.py report output hundred --metrics_save_dir both    (see report --help)
 """
 
 
@@ -70,6 +71,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="the run's own folder; the same command goes on in it where it was stopped (default: output)",
     )
+    where.add_argument("--latex", action="store_true", help="write the tables as summary.tex too")
     where.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     where.add_argument(
         "--save_edits", metavar="FILE", help="keep the sequential edits of one method as a file, for kdpo_easyedit.apply_edits"
@@ -91,12 +93,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def parse_report(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run_kdpo.py report",
+        description="Makes one report, report.html and summary.md, of the runs in one or several folders.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="what --metrics_save_dir named")
+    parser.add_argument(
+        "--metrics_save_dir",
+        type=Path,
+        metavar="DIR",
+        help="a folder of its own for the report (default: report; of one run, that run's own)",
+    )
+    parser.add_argument("--latex", action="store_true", help="write the tables as summary.tex too")
+    parser.add_argument("--easyedit_dir", metavar="DIR", help="a clone of EasyEdit")
+    return parser.parse_args(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    reporting = arguments[:1] == ["report"]
+    options = parse_report(arguments[1:]) if reporting else parse_arguments(arguments)
     if options.easyedit_dir:
         os.environ["EASYEDIT_HOME"] = options.easyedit_dir
     try:
-        return run(options)
+        return report(options) if reporting else run(options)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -113,6 +134,15 @@ def is_complete(folder: Path, rows: int) -> bool:
     return summary.exists() and len(json.loads(summary.read_text(encoding="utf-8"))) == rows
 
 
+def report(options: argparse.Namespace) -> int:
+    from kdpo_easyedit.documents import write_documents
+
+    alone = options.folders[0] if len(options.folders) == 1 else Path("report")
+    for file in write_documents(options.folders, options.metrics_save_dir or alone, options.latex):
+        print(file)
+    return 0
+
+
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -121,6 +151,7 @@ def run(options: argparse.Namespace) -> int:
     # Importing the package finds EasyEdit, which takes a moment; --help should not.
     from kdpo_easyedit import build_world, datasets, world
     from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, check, compare
+    from kdpo_easyedit.documents import write_documents
     from kdpo_easyedit.hparams import load_hparams
     from kdpo_easyedit.report import curve_chart, print_examples, print_tables, radar_chart
 
@@ -158,14 +189,16 @@ def run(options: argparse.Namespace) -> int:
         eval_at=options.eval_at,
         quiet=options.quiet,
         overwrite=options.overwrite,
+        data_name=Path(options.data_dir).name if options.data_dir else "the world's own edits",
         **kept,
     )
     radar_chart(comparison, folder / "radar.png")
     if comparison.curve:
         curve_chart(comparison.curve, folder / "curve.png")
+    page, *_ = write_documents([folder], folder, options.latex)
     print_examples(methods[0].name, comparison.examples, console)
     print_tables(comparison, console)
-    console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}")
+    console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}\nthe report: {page}", soft_wrap=True)
     if complete:
         console.print(f"{folder} held this run, complete: these are its figures; --overwrite makes it again")
     return 0
