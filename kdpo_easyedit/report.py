@@ -112,7 +112,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     """One table a protocol, a row a method; the best of each column in bold."""
     for protocol, methods in tables(comparison).items():
         title = f"{comparison.before.n_edits} {PROTOCOLS[protocol]}"
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("method")
         for heading in ("edit\nsuccess", "general-\nization", "port-\nability", "locality", "fluency", "seconds\nan edit"):
             table.add_column(heading, justify="right")
