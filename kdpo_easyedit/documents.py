@@ -131,16 +131,17 @@ def _latex_table(result: Results, protocol: str, methods: Mapping[str, Mapping[s
         groups[heading] = groups.get(heading, 0) + 1
     ends = np.cumsum(list(groups.values())) + 1
     rules = " ".join(f"\\cmidrule(lr){{{end - n + 1}-{end}}}" for n, end in zip(groups.values(), ends) if n > 1)
-    body = [
-        " & ".join([_latex(method), *(_latex_cell(cells[key]) for key in COLUMNS)]) + r" \\"
-        for method, cells in methods.items()
-    ]
+    body = []
+    for method, cells in methods.items():  # intervals stand on a line of their own, or ten columns would be too wide
+        intervals = (cells[key].interval for key in COLUMNS)
+        body.append(" & ".join([_latex(method), *(_latex_cell(cells[key]) for key in COLUMNS)]) + r" \\")
+        body.append(" & ".join(["", *(rf"{{\scriptsize {_latex(interval)}}}" for interval in intervals)]) + r" \\[2pt]")
     caption = f"{_title(result)}: {result.comparison.before.n_edits} {PROTOCOLS[protocol]}. {' '.join(_notes(result))}"
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering\small",
+            r"\begin{table*}",
+            r"\centering\small\setlength{\tabcolsep}{3pt}",
             rf"\begin{{tabular}}{{l{'r' * len(COLUMNS)}}}",
             r"\toprule",
             " & ".join(["", *(rf"\multicolumn{{{n}}}{{c}}{{{_latex(heading)}}}" for heading, n in groups.items())]) + r" \\",
@@ -151,7 +152,7 @@ def _latex_table(result: Results, protocol: str, methods: Mapping[str, Mapping[s
             r"\bottomrule",
             r"\end{tabular}",
             rf"\caption{{{_latex(caption)}}}",
-            r"\end{table}",
+            r"\end{table*}",
             "",
         ]
     )
@@ -160,8 +161,7 @@ def _latex_table(result: Results, protocol: str, methods: Mapping[str, Mapping[s
 def _latex_cell(cell: Cell) -> str:
     text = _latex(cell.text)
     mark = r"$^{\dagger}$" if cell.mark else ""
-    interval = rf" {{\scriptsize [{_latex(cell.interval)}]}}" if cell.interval else ""
-    return (rf"\textbf{{{text}}}" if cell.best else text) + mark + interval
+    return (rf"\textbf{{{text}}}" if cell.best else text) + mark
 
 
 _LATEX_NAMES = {

@@ -61,18 +61,21 @@ def _read(folder: Path) -> Results:
     record = run.read("run.json")
     if record is None:
         raise RunError(f"{folder}: holds no run; name a folder that --metrics_save_dir has named")
-    rows, tests = run.read("summary.json"), run.read("tests.json")
-    if tests is None or "about" not in record or len(rows) != len(record["methods"]) * len(record["protocols"]):
+    rows, tests = run.read("summary.json") or [], run.read("tests.json")
+    keys = [(row["method"], row["protocol"]) for row in rows]
+    metrics = {(method, protocol): run.read(f"metrics-{method}-{protocol}.json") for method, protocol in keys}
+    traces = {(method, protocol): run.journal(f"{method}-{protocol}.jsonl").entries for method, protocol in keys}
+    whole = "about" in record and len(rows) == len(record["methods"]) * len(record["protocols"])
+    if not whole or tests is None or any(len(of or ()) != len(traces[key]) for key, of in metrics.items()):
         raise RunError(f"{folder}: the run is not complete; its own command goes on with it")
-    metrics = run.read(f"metrics-{rows[0]['method']}-{rows[0]['protocol']}.json")
+    before = [{"pre": entry["pre"]} for entry in metrics[keys[0]]]
     comparison = Comparison(
-        before=summarise("(before)", "", [{"pre": entry["pre"]} for entry in metrics], "pre"),
+        before=summarise("(before)", "", before, "pre"),
         rows=[Summary(**row) for row in rows],
         examples=[],
         curve=[Summary(**row) for row in run.read("curve.json") or []],
         tests=[PairedTest(**test) for test in tests],
     )
-    keys = [(row.method, row.protocol) for row in comparison.rows]
     hparams = next(iter(record["methods"].values()))
     loading = {key: hparams.get(key, False) for key in ("device", "fp16", "model_parallel")}
     return Results(
@@ -87,8 +90,8 @@ def _read(folder: Path) -> Results:
             "versions": record["versions"],
         },
         comparison=comparison,
-        metrics={(method, protocol): run.read(f"metrics-{method}-{protocol}.json") for method, protocol in keys},
-        traces={(method, protocol): run.journal(f"{method}-{protocol}.jsonl").entries for method, protocol in keys},
+        metrics=metrics,
+        traces=traces,
         hparams=record["methods"],
         easyedit=run.read("easyedit-summary.json") or [],
     )

@@ -151,8 +151,8 @@ def test_latex_is_escaped(copied):
     text = (copied / "summary.tex").read_text()
     assert r"50\%\_of \#1 \& \{\textasciitilde{}\textasciicircum{}\textbackslash{}\}" in text
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == 2
-    body = [line for line in text.splitlines() if line.startswith(("KDPO", "FT", "(before)"))]
-    assert len(body) == 6 and all(line.count(" & ") == len(COLUMNS) and line.endswith(r"\\") for line in body)
+    rows = re.findall(r"(?m)^(?:KDPO|FT|\(before\)) & .*\\\\\n & .*\\\\\[2pt\]$", text)  # with its intervals, each
+    assert len(rows) == 6 and all(row.count("& ") == 2 * len(COLUMNS) for row in rows)
     assert r"\textbf{" in text
 
 
@@ -202,6 +202,9 @@ def test_what_is_no_complete_run_is_refused_in_one_line(run, copied, tmp_path, c
     rows = json.loads((copied / "summary.json").read_text())
     (copied / "summary.json").write_text(json.dumps(rows[:-1]))
     assert "copied: the run is not complete; its own command goes on with it" in refused(copied)
+    (copied / "summary.json").write_text(json.dumps(rows))
+    (copied / "metrics-FT-single.json").unlink()
+    assert "copied: the run is not complete" in refused(copied)
     (copied / "summary.json").write_text("[{")
     assert "summary.json: cannot be read" in refused(copied)
     assert not (copied / "report.html").exists() and not (run / "report.html").exists()
