@@ -22,6 +22,7 @@ examples:
   python run_kdpo.py --ablation --metrics_save_dir ablation
   python run_kdpo.py --prompt "Ruhon Nugil works as a" --target_new banker --locality_prompt "Ruhon Nugil was born in"
   python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
+  python run_kdpo.py report output hundred --metrics_save_dir both    (see report --help)
 """
 _BY_HAND = ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "subject")
 _NOT_BY_HAND = (
@@ -94,6 +95,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="the run's own folder; the same command goes on in it where it was stopped (default: output)",
     )
+    where.add_argument("--latex", action="store_true", help="write the tables as summary.tex too")
     where.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     where.add_argument(
         "--save_edits", metavar="FILE", help="keep the sequential edits of one method as a file, for kdpo_easyedit.apply_edits"
@@ -127,12 +129,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def parse_report(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run_kdpo.py report",
+        description="Makes one report, report.html and summary.md, of the runs in one or several folders.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="what --metrics_save_dir named")
+    parser.add_argument(
+        "--metrics_save_dir",
+        type=Path,
+        metavar="DIR",
+        help="a folder of its own for the report (default: report; of one run, that run's own)",
+    )
+    parser.add_argument("--latex", action="store_true", help="write the tables as summary.tex too")
+    parser.add_argument("--easyedit_dir", metavar="DIR", help="a clone of EasyEdit")
+    return parser.parse_args(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    reporting = arguments[:1] == ["report"]
+    options = parse_report(arguments[1:]) if reporting else parse_arguments(arguments)
     if options.easyedit_dir:
         os.environ["EASYEDIT_HOME"] = options.easyedit_dir
     try:
-        return run_by_hand(options) if options.prompt is not None else run(options)
+        return report(options) if reporting else run_by_hand(options) if options.prompt is not None else run(options)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -177,6 +198,15 @@ def run_by_hand(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    from kdpo_easyedit.documents import write_documents
+
+    alone = options.folders[0] if len(options.folders) == 1 else Path("report")
+    for file in write_documents(options.folders, options.metrics_save_dir or alone, options.latex):
+        print(file)
+    return 0
+
+
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -185,6 +215,7 @@ def run(options: argparse.Namespace) -> int:
     # Importing the package finds EasyEdit, which takes a moment; --help should not.
     from kdpo_easyedit import build_world, datasets, world
     from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, ablation, check, compare
+    from kdpo_easyedit.documents import write_documents
     from kdpo_easyedit.hparams import load_hparams
     from kdpo_easyedit.report import curve_chart, print_ablation, print_examples, print_tables, radar_chart
 
@@ -231,17 +262,19 @@ def run(options: argparse.Namespace) -> int:
         quiet=options.quiet,
         overwrite=options.overwrite,
         stats_texts=stats_texts,
+        data_name=Path(options.data_dir).name if options.data_dir else "the world's own edits",
         **kept,
     )
     radar_chart(comparison, folder / "radar.png")
     if comparison.curve:
         curve_chart(comparison.curve, folder / "curve.png")
+    page, *_ = write_documents([folder], folder, options.latex)
     if options.ablation:
         print_ablation(comparison, console)
     else:
         print_examples(methods[0].name, comparison.examples, console)
         print_tables(comparison, console)
-    console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}")
+    console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}\nthe report: {page}", soft_wrap=True)
     if complete:
         console.print(f"{folder} held this run, complete: these are its figures; --overwrite makes it again")
     return 0

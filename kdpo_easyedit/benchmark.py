@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from .hparams import KDPOHyperParams
 from .kdpo_main import execute, execute_kdpo
 from .mom2 import Usage
+from .peak import PeakMemory
 from .weights import runs_on
 
 #: The module names of the layouts that it knows: Llama's and GPT-2's.
@@ -308,18 +309,17 @@ def _seconds(function: Callable, *arguments: Any) -> float:
 def _peak_memory(form: Callable, device: torch.device) -> int:
     """The most bytes of tensors that lived at once, beyond those that lived before."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        peak = PeakMemory(device)
         form()
-        return torch.cuda.max_memory_allocated() - before
+        return peak.bytes() or 0
     with profile(profile_memory=True, acc_events=True) as recording:
         form()
-    now = peak = 0
+    now = most = 0
     events = recording.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+        most = max(most, now)
+    return most
 
 
 def _floor(model: PreTrainedModel, weight_name: str, layer: int, layer_template: str, tokens: int) -> float:

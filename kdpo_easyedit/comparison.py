@@ -10,13 +10,14 @@ import copy
 import hashlib
 import json
 import math
+import platform
 import random
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, permutation_test
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -32,11 +33,16 @@ from . import edits, host
 from .datasets import DatasetError, Request
 from .hparams import HParamsError, KDPOHyperParams
 from .kdpo_main import EditTrace
+from .peak import PeakMemory
 from .preference import edit_tokens, teacher_forced_negatives
 from .runs import RunFolder
 from .weights import read, write
 
 SINGLE, SEQUENTIAL = "single", "sequential"
+#: What is measured of an edit; a :class:`Summary` has the mean of each, with an interval.
+MEASURES = (
+    "edit_success", "generated_success", "generalization", "generated_generalization", "portability", "locality", "fluency",
+)  # fmt: skip
 Metrics = dict[str, Any]
 Bar = Callable[..., Any]
 
@@ -79,6 +85,8 @@ class Summary:
         generated_success, generated_generalization: how often it writes the target there on its own.
         fluency: n-gram entropy of what the model writes, in bits, as EasyEdit measures it.
         seconds_per_edit: wall-clock time of the edits alone.
+        megabytes_per_edit: the most memory that an edit takes beyond what was taken before it, the median over the edits; None
+            where it cannot be measured (see :class:`kdpo_easyedit.peak.PeakMemory`).
         intervals: 95 % confidence intervals of the measures, by bootstrap over the edits.
     """
 
@@ -93,7 +101,29 @@ class Summary:
     generated_success: float | None
     generated_generalization: float | None
     seconds_per_edit: float | None
+    megabytes_per_edit: float | None
     intervals: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Whether two methods differ in a measure: a permutation test over the edits that have it with both.
+
+    Attributes:
+        against: the method that ``method`` is held against.
+        difference: the mean over the edits of ``method`` less ``against``.
+        p_value: two-sided.
+        p_corrected: by Holm, over the methods that are held against the same one in this measure and protocol.
+    """
+
+    protocol: str
+    measure: str
+    method: str
+    against: str
+    n_edits: int
+    difference: float
+    p_value: float
+    p_corrected: float
 
 
 @dataclass(frozen=True)
@@ -115,12 +145,14 @@ class Comparison:
         rows: one for every method and protocol.
         examples: some of the first method's edits.
         curve: one for every method and checkpoint of the sequential edits.
+        tests: one for every measure of every row but the first method's, or KDPO's where it is there.
     """
 
     before: Summary
     rows: list[Summary]
     examples: list[Example]
     curve: list[Summary]
+    tests: list[PairedTest] = field(default_factory=list)
 
 
 def compare(
@@ -135,6 +167,7 @@ def compare(
     save_edits: Path | None = None,
     save_model: Path | None = None,
     stats_texts: Sequence[str] = (),
+    data_name: str = "",
 ) -> Comparison:
     """Run every method under every protocol. What is done is in ``folder`` at once; the same call again goes on from there.
 
@@ -142,8 +175,8 @@ def compare(
     left, and at every checkpoint all edits so far are measured on the model as it stands then; the last is the result.
 
     Written are ``metrics-METHOD-PROTOCOL.json`` in EasyEdit's format (for earlier checkpoints ``…-at-N.json``),
-    ``summary.json``, for sequential edits ``curve.json``, a journal and the edited weights, and EasyEdit's own output in
-    ``logs/``.
+    ``summary.json``, for sequential edits ``curve.json``, ``tests.json``, where EasyEdit has a summary of its own
+    ``easyedit-summary.json``, a journal and the edited weights, and EasyEdit's own output in ``logs/``.
 
     Args:
         methods: all on the same model.
@@ -158,6 +191,7 @@ def compare(
         save_model: a folder for the model with the sequential edits of the one method, for ``from_pretrained``.
         stats_texts: what to compute covariance statistics from, where a method needs some that are not there; left out,
             EasyEdit fetches the dataset that they are named after.
+        data_name: what reports call the edits.
 
     Raises:
         HostError: methods of different models, or a model or device that cannot be had.
@@ -178,7 +212,8 @@ def compare(
         "versions": {"easyeditor": host.NAME} | {name: version(name) for name in ("kdpo-easyedit", "torch", "transformers")},
     }
 
-    with RunFolder(folder, settings, overwrite) as run, host.output_to(folder):
+    about = {"data": data_name, "device": _machine(methods[0].hparams.device)}
+    with RunFolder(folder, settings, overwrite, about) as run, host.output_to(folder):
         first = host.BaseEditor(copy.copy(methods[0].hparams))
         _check_room(requests, first.model, first.tok)
         for method in methods:
@@ -201,6 +236,7 @@ def compare(
                 result.examples = result.examples or _examples(run.read(f"metrics-{method.name}-{protocol}.json"))
                 result.rows.append(row)
                 run.write("summary.json", [asdict(row) for row in result.rows])
+        result.tests = _compare_rows(run, result.rows)
     return result
 
 
@@ -256,7 +292,9 @@ def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[Metrics], nam
             journal.append({"time": edit.seconds, "post": post, **edit.trace})
             progress.set_postfix_str(_running(journal.entries), refresh=False)
             progress.update()
-    metrics = [entry | {key: done[key] for key in ("time", "post")} for entry, done in zip(before, journal.entries)]
+    metrics = [
+        entry | {key: done.get(key) for key in ("time", "memory", "post")} for entry, done in zip(before, journal.entries)
+    ]
     run.write(f"metrics-{name}-{SINGLE}.json", metrics)
     return summarise(name, SINGLE, metrics, "post")
 
@@ -335,7 +373,8 @@ def _edit_in_sequence(
                     described = f"{name}, metrics after {checkpoint} edits"
                     pairs = zip(before[:checkpoint], journal.entries)
                     for entry, done in bar(pairs, total=checkpoint, desc=described, leave=last):
-                        metrics.append(entry | {"time": done["time"], "post": _measure_after(editor, edited, entry, seed)})
+                        post = _measure_after(editor, edited, entry, seed)
+                        metrics.append(entry | {"time": done["time"], "memory": done.get("memory"), "post": post})
                     run.write(file, metrics)
                 rows.append(summarise(name, SEQUENTIAL, metrics, "post"))
         if save_edits:
@@ -381,15 +420,18 @@ def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
     """One edit by an editor's method; of KDPO with its trace, of others with ``final_token_accuracy`` alone."""
     _seed_everything(seed)
     traces: list[EditTrace] = []
+    peak = PeakMemory(editor.device)
     started = time.perf_counter()
     edited, originals = host.apply_edit(editor, model, request, traces)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
+    trace: dict[str, Any] = {"memory": peak.bytes()}
     if traces:
-        return Edit(edited, originals, seconds, traces[0].to_dict())
-    accuracy = token_accuracy(edited, editor.tok, request)
-    return Edit(edited, originals, seconds, {"final_token_accuracy": accuracy})
+        trace |= traces[0].to_dict() | {"negative_texts": [editor.tok.decode(tokens) for tokens in traces[0].negatives]}
+    else:
+        trace["final_token_accuracy"] = token_accuracy(edited, editor.tok, request)
+    return Edit(edited, originals, seconds, trace)
 
 
 def token_accuracy(model: Any, tok: Any, request: Request) -> float:
@@ -452,19 +494,22 @@ def per_edit(metrics: Sequence[Metrics], phase: str) -> dict[str, list[float | N
         "generated_success": [mean(entry[phase]["generated"]["rewrite_acc"]) for entry in metrics],
         "generated_generalization": [mean(entry[phase]["generated"].get("rephrase_acc", [])) for entry in metrics],
         "seconds_per_edit": [entry.get("time") for entry in metrics],
+        "megabytes_per_edit": [memory / 1e6 if (memory := entry.get("memory")) is not None else None for entry in metrics],
     }
 
 
 def summarise(method: str, protocol: str, metrics: Sequence[Metrics], phase: str) -> Summary:
-    """The means of a run's metrics over its edits, with intervals.
+    """The means of a run's metrics over its edits, with intervals; of the memory, the median.
 
     Args:
         metrics: EasyEdit's, one entry an edit.
         phase: ``"pre"`` or ``"post"``.
     """
     values = {key: [v for v in found if v is not None] for key, found in per_edit(metrics, phase).items()}
-    means = {key: round(float(np.mean(found)), 4) if found else None for key, found in values.items()}
-    intervals = {key: _interval(found) for key, found in values.items() if len(found) > 1 and key != "seconds_per_edit"}
+    # What a first edit loads once, and keeps, is no part of what an edit takes.
+    centre = {key: np.median if key == "megabytes_per_edit" else np.mean for key in values}
+    means = {key: round(float(centre[key](found)), 4) if found else None for key, found in values.items()}
+    intervals = {key: _interval(found) for key, found in values.items() if len(found) > 1 and key in MEASURES}
     return Summary(method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, **means)
 
 
@@ -472,6 +517,66 @@ def _interval(values: Sequence[float], resamples: int = 1000) -> list[float]:
     """The 95 % confidence interval of a mean."""
     drawn = bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(0))
     return [round(float(end), 4) for end in drawn.confidence_interval]
+
+
+def paired_tests(values: Mapping[tuple[str, str], Mapping[str, Sequence[float | None]]]) -> list[PairedTest]:
+    """Every method held against KDPO, or against the first one where KDPO is not there, under the same protocol.
+
+    Args:
+        values: of every method and protocol, as :func:`per_edit` gives them, over the same edits.
+    """
+    found = []
+    for protocol in dict.fromkeys(protocol for _, protocol in values):
+        rows = {method: of for (method, its), of in values.items() if its == protocol}
+        against = "KDPO" if "KDPO" in rows else next(iter(rows))
+        others = [method for method in rows if method != against]
+        for measure in MEASURES:
+            pairs = {method: zip(rows[method][measure], rows[against][measure], strict=True) for method in others}
+            differences = {
+                method: [a - b for a, b in both if a is not None and b is not None] for method, both in pairs.items()
+            }
+            p_values = {method: _p_value(of) for method, of in differences.items() if of}
+            for method, corrected in _holm(p_values).items():
+                of = differences[method]
+                mean = round(float(np.mean(of)), 4)
+                found.append(PairedTest(protocol, measure, method, against, len(of), mean, p_values[method], corrected))
+    return found
+
+
+def _p_value(differences: Sequence[float]) -> float:
+    """Of a mean difference, two-sided, by flipping signs: in all ways where few differ, else in 9999 at random."""
+    moved = [difference for difference in differences if difference]  # the sign of nothing makes no difference
+    if len(moved) < 2:
+        return 1.0
+    rng = np.random.default_rng(0)
+    test = permutation_test((moved,), np.sum, permutation_type="samples", vectorized=True, batch=1000, rng=rng)
+    return round(float(test.pvalue), 6)
+
+
+def _holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's correction of p-values of one family; in the order they come in."""
+    corrected: dict[str, float] = {}
+    least = 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
+        corrected[name] = round(least, 6)
+    return {name: corrected[name] for name in p_values}
+
+
+def _compare_rows(run: RunFolder, rows: Sequence[Summary]) -> list[PairedTest]:
+    """Tests between the methods; what EasyEdit itself makes of the metrics, where it makes something, is put beside them."""
+    values, theirs = {}, []
+    for row in rows:
+        metrics = run.read(f"metrics-{row.method}-{row.protocol}.json")
+        values[row.method, row.protocol] = per_edit(metrics, "post")
+        summary = host.own_summary(metrics)
+        if summary is not None:
+            theirs.append({"method": row.method, "protocol": row.protocol} | summary["post"])
+    tests = paired_tests(values)
+    run.write("tests.json", [asdict(test) for test in tests])
+    if theirs:
+        run.write("easyedit-summary.json", theirs)
+    return tests
 
 
 def continuation(model: Any, tok: Any, prompt: str, target: str) -> str:
@@ -518,6 +623,14 @@ def check_length(what: str, text: str, model: Any, tok: Any) -> None:
 
 def _powers_of_ten(end: int) -> list[int]:
     return [10**n for n in range(len(str(end)))]
+
+
+def _machine(device: Any) -> str:
+    """What runs the edits, in words: their seconds hang on it."""
+    name = torch.device(device if not str(device).isdigit() else f"cuda:{device}")
+    if name.type == "cuda":
+        return torch.cuda.get_device_name(name)
+    return f"{name.type} of {platform.machine()}, threads: {torch.get_num_threads()}"
 
 
 def plain(hparams: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -12,11 +13,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .comparison import SEQUENTIAL, SINGLE, Comparison, Example, Summary
+from .comparison import MEASURES, SEQUENTIAL, SINGLE, Comparison, Example, PairedTest, Summary
 from .files import whole
 
 # A Summary's measures as the field names them.
@@ -29,38 +31,67 @@ _MEASURES = {
 }
 # Measures under teacher forcing → the same by free generation.
 _GENERATED = {"edit_success": "generated_success", "generalization": "generated_generalization"}
-_PROTOCOLS = {
+# Costs, of which less is better, with their units.
+COSTS = {"seconds_per_edit": "seconds", "megabytes_per_edit": "MB"}
+PROTOCOLS = {
     SINGLE: "single edits, each from the original model",
     SEQUENTIAL: "sequential edits, measured on the final model",
 }
+_SIGNIFICANT = 0.05
+_MARK = "†"
 
 
-def print_tables(comparison: Comparison, console: Console) -> None:
-    """One table a protocol, a row a method; the best of each column in bold."""
+@dataclass(frozen=True)
+class Cell:
+    """A figure of a table, and how it is shown.
+
+    Attributes:
+        interval: its 95 % confidence interval, where there is one.
+        best: whether no method of the table has a better one.
+        test: against the reference method, where it was tested.
+    """
+
+    value: float | None
+    text: str
+    interval: str = ""
+    best: bool = False
+    test: PairedTest | None = None
+
+    @property
+    def mark(self) -> str:
+        """A dagger where the method differs from the reference one."""
+        return _MARK if self.test is not None and self.test.p_corrected < _SIGNIFICANT else ""
+
+
+def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
+    """By protocol and method, the unedited model's included, the cell of every measure and cost."""
+    keys = (*MEASURES, *COSTS)
+    tests = {(test.protocol, test.method, test.measure): test for test in comparison.tests}
+    made = {}
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
         rows = [row for row in comparison.rows if row.protocol == protocol]
-        table = Table(title=f"{rows[0].n_edits} {_PROTOCOLS[protocol]}", title_justify="left", title_style="bold")
-        table.add_column("method")
-        for heading in ("edit\nsuccess", "general-\nization", "port-\nability", "locality", "fluency", "seconds\nan edit"):
-            table.add_column(heading, justify="right")
-        keys = (*_MEASURES, "seconds_per_edit")
         best = {key: _best(rows, key) for key in keys}
-        for row in (comparison.before, *rows):
-            cells = []
-            for key in keys:
-                value = getattr(row, key)
-                shown = "–" if value is None else f"{value:.2f}" if key in ("fluency", "seconds_per_edit") else f"{value:.1f}"
-                generated = getattr(row, _GENERATED[key]) if key in _GENERATED else None
-                shown += "" if generated is None else f" ({generated:.0f})"
-                cells.append(Text(shown, style="bold" if row in rows and value is not None and value == best[key] else ""))
-            table.add_row(row.method, *cells, style="dim" if row is comparison.before else "")
-        console.print(table)
-    console.print(
-        "in percent by teacher forcing; in brackets, how often the model writes it\n"
-        "fluency: n-gram entropy in bits; (before): the unedited model, same prompts",
-        style="dim",
-        highlight=False,
-    )
+        made[protocol] = {
+            row.method: {
+                key: Cell(
+                    getattr(row, key),
+                    shown(key, getattr(row, key)),
+                    "–".join(shown(key, end) for end in row.intervals.get(key, ())),
+                    row in rows and getattr(row, key) is not None and getattr(row, key) == best[key],
+                    tests.get((protocol, row.method, key)),
+                )
+                for key in keys
+            }
+            for row in (comparison.before, *rows)
+        }
+    return made
+
+
+def shown(key: str, value: float | None) -> str:
+    """A figure with the decimals that its measure is given with."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if key in ("fluency", "seconds_per_edit") else f"{value:.1f}"
 
 
 def print_ablation(comparison: Comparison, console: Console) -> None:
@@ -96,7 +127,39 @@ def _best(rows: Sequence[Summary], key: str) -> float | None:
     values = [getattr(row, key) for row in rows if getattr(row, key) is not None]
     if not values:
         return None
-    return min(values) if key == "seconds_per_edit" else max(values)
+    return min(values) if key in COSTS else max(values)
+
+
+def significance(comparison: Comparison) -> str:
+    """What the dagger says."""
+    if not comparison.tests:
+        return ""
+    return f"{_MARK} differs from {comparison.tests[0].against}: paired permutation test, p < {_SIGNIFICANT} by Holm"
+
+
+def print_tables(comparison: Comparison, console: Console) -> None:
+    """One table a protocol, a row a method; the best of each column in bold."""
+    for protocol, methods in tables(comparison).items():
+        title = f"{comparison.before.n_edits} {PROTOCOLS[protocol]}"
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("method")
+        for heading in ("edit\nsuccess", "general-\nization", "port-\nability", "locality", "fluency", "seconds\nan edit"):
+            table.add_column(heading, justify="right")
+        for method, cells in methods.items():
+            row = []
+            for key in (*_MEASURES, "seconds_per_edit"):
+                cell = cells[key]
+                generated = cells[_GENERATED[key]].value if key in _GENERATED else None
+                brackets = "" if generated is None else f" ({generated:.0f})"
+                row.append(Text(f"{cell.text}{cell.mark}{brackets}", style="bold" if cell.best else ""))
+            table.add_row(method, *row, style="dim" if method == comparison.before.method else "")
+        console.print(table)
+    notes = [
+        "in percent by teacher forcing; in brackets, how often the model writes it",
+        "fluency: n-gram entropy in bits; (before): the unedited model, same prompts",
+        significance(comparison),
+    ]
+    console.print("\n".join(filter(None, notes)), style="dim", highlight=False)
 
 
 def print_examples(method: str, examples: Sequence[Example], console: Console) -> None:

@@ -19,8 +19,8 @@ from .files import whole
 
 #: What a run writes, and so what ``overwrite`` removes.
 _OURS = (
-    "run.json", "summary.json", "curve.json", "metrics-*.json", "*.jsonl", "weights-*.safetensors", "*.png", "*.unfinished",
-    "logs/easyedit.log",
+    "run.json", "summary.json", "curve.json", "tests.json", "easyedit-summary.json", "metrics-*.json", "*.jsonl",
+    "weights-*.safetensors", "*.png", "report.html", "summary.md", "summary.tex", "*.unfinished", "logs/easyedit.log",
 )  # fmt: skip
 
 
@@ -35,16 +35,20 @@ class RunFolder:
         path: made if need be.
         settings: everything the run's figures follow from, as JSON can hold it.
         overwrite: start anew where there is a run already.
+        about: what is only to be read, and may change from one call to the next.
 
     Raises:
         RunError: on entering: another process is at work in the folder, it holds another run or something else, or it
             cannot be written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], overwrite: bool = False, about: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
         self.settings = json.loads(json.dumps(settings))
         self.overwrite = overwrite
+        self.about = about or {}
 
     def __enter__(self) -> RunFolder:
         with _told(self.path):
@@ -74,13 +78,14 @@ class RunFolder:
                 for file in self.path.glob(pattern):
                     file.unlink()
         else:
-            differences = _differences(self.read("run.json"), self.settings)
-            if differences:
+            there = {key: value for key, value in self.read("run.json").items() if key != "about"}
+            found = differences(there, self.settings)
+            if found:
                 raise RunError(
-                    f"{self.path}: the folder holds another run: {'; '.join(differences)}. Name another folder, or start "
+                    f"{self.path}: the folder holds another run: {'; '.join(found)}. Name another folder, or start "
                     "anew in this one with --overwrite"
                 )
-        self.write("run.json", self.settings)
+        self.write("run.json", {**self.settings, "about": self.about})
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file whole or not at all."""
@@ -88,9 +93,16 @@ class RunFolder:
             unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def read(self, name: str) -> Any:
-        """The content of a JSON file, or None where there is none."""
+        """The content of a JSON file, or None where there is none.
+
+        Raises:
+            RunError: it is no JSON.
+        """
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError:
+            raise RunError(f"{path}: cannot be read; start anew with --overwrite") from None
 
     def write_weights(self, name: str, weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Write weights, with notes that JSON can hold, whole or not at all."""
@@ -135,7 +147,7 @@ class Journal:
                     raise RunError(f"{path}: line {number + 1} cannot be read; start anew with --overwrite") from None
                 break
             whole += len(line) + 1
-        if lines:
+        if lines and whole < path.stat().st_size:
             with _told(path):
                 os.truncate(path, whole)
 
@@ -177,9 +189,9 @@ def _told(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _differences(one: Any, other: Any, where: str = "") -> list[str]:
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
     """What differs between two settings, in words."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = [*one, *(key for key in other if key not in one)]
-        return [d for key in keys for d in _differences(one.get(key), other.get(key), f"{where}.{key}" if where else key)]
+        return [d for key in keys for d in differences(one.get(key), other.get(key), f"{where}.{key}" if where else key)]
     return [] if one == other else [f"{where} is {one!r} there and {other!r} here"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kdpo_easyedit.comparison import Comparison, Example, Summary
+from kdpo_easyedit.comparison import Comparison, Example, PairedTest, Summary
 from kdpo_easyedit.report import curve_chart, print_ablation, print_examples, print_tables, radar_chart
 
 
@@ -19,8 +19,8 @@ from kdpo_easyedit.report import curve_chart, print_ablation, print_examples, pr
 def comparison() -> Comparison:
     def row(method, protocol, *values):
         keys = ("edit_success", "generalization", "locality", "portability", "fluency", "generated_success")
-        given = dict(zip((*keys, "seconds_per_edit"), values))
-        return Summary(method=method, protocol=protocol, n_edits=20, generated_generalization=None, intervals={}, **given)
+        given = dict(zip((*keys, "seconds_per_edit"), values)) | {"generated_generalization": None, "megabytes_per_edit": None}
+        return Summary(method=method, protocol=protocol, n_edits=20, intervals={}, **given)
 
     rows = [
         row("KDPO", "single", 100.0, 90.0, 95.0, 40.0, 5.9, 85.0, 0.02),
@@ -28,7 +28,11 @@ def comparison() -> Comparison:
         row("KDPO", "sequential", 60.0, 50.0, 80.0, 20.0, 5.8, 40.0, 0.03),
     ]
     before = row("(before)", "", 10.0, 11.0, None, 12.0, 5.95, 0.0, None)
-    return Comparison(before, rows, [], [rows[2]])
+    tests = [
+        PairedTest("single", measure, "ROME", "KDPO", 20, -1.0, p / 2, p)
+        for measure, p in (("edit_success", 0.2), ("locality", 0.004), ("generated_success", 0.001))
+    ]
+    return Comparison(before, rows, [], [rows[2]], tests)
 
 
 def printed(print_, *arguments, width: int = 100) -> str:
@@ -42,7 +46,8 @@ def test_a_table_a_protocol_and_a_row_a_method(comparison):
     print_tables(comparison, plain)
     text = plain.file.getvalue()
     assert "20 single edits" in text and "20 sequential edits" in text
-    assert text.count("KDPO") == 2 and text.count("ROME") == 1 and text.count("(before) │") == 2
+    rows = [line.split()[0] for line in text.splitlines() if re.match(r" +\S+ +\d", line)]
+    assert rows == ["(before)", "KDPO", "ROME", "(before)", "KDPO"]
 
 
 def test_the_best_of_a_column_is_bold(comparison):
@@ -53,11 +58,22 @@ def test_the_best_of_a_column_is_bold(comparison):
         assert other in text and not re.search(rf"\x1b\[1m *{re.escape(other)}\x1b", text)
 
 
+def test_what_differs_from_kdpo_is_marked(comparison):
+    text = printed(print_tables, comparison)
+    assert "70.0†" in text and text.count("†") == 2 and "† differs from KDPO" in text
+    comparison.tests.clear()
+    assert "†" not in printed(print_tables, comparison)
+
+
 def test_the_table_fits_eighty_columns(comparison):
+    all_of_them = dict.fromkeys(("edit_success", "generated_success", "generalization", "generated_generalization"), 100.0)
+    comparison.rows[1] = replace(comparison.rows[1], method="AlphaEdit", **all_of_them)
+    measures = ("edit_success", "generalization", "portability", "locality", "fluency")
+    comparison.tests = [PairedTest("single", measure, "AlphaEdit", "KDPO", 20, 1.0, 0.01, 0.01) for measure in measures]
     plain = Console(file=io.StringIO(), width=80)
     print_tables(comparison, plain)
     text = plain.file.getvalue()
-    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert "100.0† (100)" in text and "…" not in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_the_ablation_is_one_table_with_the_best_of_every_checkpoint(comparison):

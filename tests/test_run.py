@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, on_main
 
 sys.path.insert(0, str(ROOT))
 import run_kdpo
@@ -44,7 +44,7 @@ def test_help_reads_well_and_needs_nothing(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     for flag in (
         "--editing_method", "--hparams_dir", "--data_dir", "--datatype", "--ds_size", "--metrics_save_dir",
-        "--sequential_edit", "--easyedit_dir", "--device", "--seed",
+        "--sequential_edit", "--easyedit_dir", "--device", "--seed", "--latex", "report output hundred",
     ):  # fmt: skip
         assert flag in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
@@ -131,8 +131,9 @@ def test_data_files_are_edited_and_nothing_is_written_elsewhere(small_world, sma
     assert {path.name for path in tmp_path.iterdir()} == {"data.json", "results"}
     assert {path.name for path in folder.iterdir()} == {
         ".lock", "run.json", "before.jsonl", "KDPO-single.jsonl", "metrics-KDPO-single.json", "summary.json", "radar.png",
-        "logs",
+        "logs", "tests.json", "report.html", "summary.md", *(["easyedit-summary.json"] if on_main() else []),
     }  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "the report: results/report.html"
     assert set(Path(os.environ["KDPO_CACHE"]).rglob("*")) == cache
     (row,) = json.loads((folder / "summary.json").read_text())
     assert (row["method"], row["protocol"], row["n_edits"], row["edit_success"]) == ("KDPO", "single", 1, 100)

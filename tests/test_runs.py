@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, same_state
+from conftest import COSTS, ROOT, same_state
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,6 +85,8 @@ def test_another_run_is_not_mixed_in(tmp_path):
         run.journal("x.jsonl").append(1)
     with RunFolder(tmp_path / "run", settings) as run:
         assert run.journal("x.jsonl").entries == [1]
+    with RunFolder(tmp_path / "run", settings, about={"device": "another"}) as run:
+        assert run.journal("x.jsonl").entries == [1] and run.read("run.json") == settings | {"about": {"device": "another"}}
     other = {"seed": 0, "methods": {"FT": {"lr": 0.2}}, "data": "b"}
     with pytest.raises(RunError, match=r"methods.FT.lr is 0.1 there and 0.2 here; data is 'a' there and 'b' here.*--overwrite"):
         RunFolder(tmp_path / "run", other).__enter__()
@@ -208,7 +210,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(name, settings,
     assert run.exitcode == 0 and kills >= 5
 
     for file in ("summary.json", "curve.json"):
-        one, other = ([row | {"seconds_per_edit": 0} for row in json.loads((f / file).read_text())] for f in (whole, cut))
+        one, other = ([row | COSTS for row in json.loads((f / file).read_text())] for f in (whole, cut))
         assert one == other
     assert [row["n_edits"] for row in one] == [4, N]
     assert same_state(*(load_file(f / f"weights-{name}.safetensors") for f in (whole, cut)))

@@ -1,0 +1,125 @@
+"""The figures of runs, read back from their folders, side by side where they were measured alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .comparison import Comparison, Metrics, PairedTest, Summary, paired_tests, per_edit, summarise
+from .runs import RunError, RunFolder, differences
+
+Key = tuple[str, str]
+
+
+@dataclass
+class Results:
+    """What was measured of one model on the same edits, by one run or several.
+
+    Attributes:
+        model: its name, as the hyper-parameters have it.
+        settings: what all the figures have in common: ``data``, ``device``, ``seed``, ``versions``.
+        comparison: without examples.
+        metrics: EasyEdit's, of every edit, by method and protocol.
+        traces: of every edit, what the journal has of the method's own work.
+        hparams: by method.
+        easyedit: EasyEdit's own summaries, where it has them.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    comparison: Comparison
+    metrics: dict[Key, list[Metrics]]
+    traces: dict[Key, list[dict[str, Any]]]
+    hparams: dict[str, dict[str, Any]]
+    easyedit: list[dict[str, Any]]
+
+
+def read_results(folders: Sequence[Path]) -> list[Results]:
+    """Read runs; those of the same model and data come together, and a method's name that comes twice gets its folder's.
+
+    Raises:
+        RunError: a folder holds no complete run, or the runs were measured differently.
+    """
+    runs: list[Results] = []
+    for folder in folders:
+        if sum(folder.resolve() == other.resolve() for other in folders) > 1:
+            raise RunError(f"{folder}: named twice")
+        run = _read(folder)
+        first = runs[0] if runs else run
+        _refuse(folders[0], folder, first.settings["versions"], run.settings["versions"], "versions")
+        runs.append(run)
+    groups: dict[Key, list[int]] = {}
+    for number, run in enumerate(runs):
+        groups.setdefault((run.model, run.settings["data"]), []).append(number)
+    return [_joined([(folders[number], runs[number]) for number in numbers]) for numbers in groups.values()]
+
+
+def _read(folder: Path) -> Results:
+    run = RunFolder(folder, {})
+    record = run.read("run.json")
+    if record is None:
+        raise RunError(f"{folder}: holds no run; name a folder that --metrics_save_dir has named")
+    rows, tests = run.read("summary.json") or [], run.read("tests.json")
+    keys = [(row["method"], row["protocol"]) for row in rows]
+    metrics = {(method, protocol): run.read(f"metrics-{method}-{protocol}.json") for method, protocol in keys}
+    traces = {(method, protocol): run.journal(f"{method}-{protocol}.jsonl").entries for method, protocol in keys}
+    whole = "about" in record and len(rows) == len(record["methods"]) * len(record["protocols"])
+    if not whole or tests is None or any(len(of or ()) != len(traces[key]) for key, of in metrics.items()):
+        raise RunError(f"{folder}: the run is not complete; its own command goes on with it")
+    before = [{"pre": entry["pre"]} for entry in metrics[keys[0]]]
+    comparison = Comparison(
+        before=summarise("(before)", "", before, "pre"),
+        rows=[Summary(**row) for row in rows],
+        examples=[],
+        curve=[Summary(**row) for row in run.read("curve.json") or []],
+        tests=[PairedTest(**test) for test in tests],
+    )
+    hparams = next(iter(record["methods"].values()))
+    loading = {key: hparams.get(key, False) for key in ("device", "fp16", "model_parallel")}
+    return Results(
+        model=hparams["model_name"],
+        settings={
+            "data": record["about"]["data"],
+            "edits": comparison.before.n_edits,
+            "records": record["data"],
+            "seed": record["seed"],
+            "hardware": record["about"]["device"],
+            **loading,
+            "versions": record["versions"],
+        },
+        comparison=comparison,
+        metrics=metrics,
+        traces=traces,
+        hparams=record["methods"],
+        easyedit=run.read("easyedit-summary.json") or [],
+    )
+
+
+def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
+    """Runs of one model on one file of edits as one."""
+    (first_folder, first), *others = runs
+    if not others:
+        return first
+    named = [method for _, run in runs for method in run.hparams]
+    joined = Results(first.model, first.settings, Comparison(first.comparison.before, [], [], []), {}, {}, {}, [])
+    for folder, run in runs:
+        _refuse(first_folder, folder, first.settings, run.settings, "")
+        names = {method: method if named.count(method) == 1 else f"{method} ({folder.name})" for method in run.hparams}
+        joined.comparison.rows += [replace(row, method=names[row.method]) for row in run.comparison.rows]
+        joined.comparison.curve += [replace(row, method=names[row.method]) for row in run.comparison.curve]
+        joined.metrics |= {(names[method], protocol): of for (method, protocol), of in run.metrics.items()}
+        joined.traces |= {(names[method], protocol): of for (method, protocol), of in run.traces.items()}
+        joined.hparams |= {names[method]: of for method, of in run.hparams.items()}
+        joined.easyedit += [row | {"method": names[row["method"]]} for row in run.easyedit]
+    joined.comparison.tests = paired_tests({key: per_edit(metrics, "post") for key, metrics in joined.metrics.items()})
+    return joined
+
+
+def _refuse(one_folder: Path, other_folder: Path, one: Any, other: Any, where: str) -> None:
+    found = differences(one, other, where)
+    if found:
+        raise RunError(
+            f"{other_folder} was not measured as {one_folder} was: {'; '.join(found)}. Report them apart, or run one again"
+        )
