@@ -64,7 +64,8 @@ def test_every_method_edits_the_original_model(fresh, record, hparams, small_wor
     both = edit_by_hand([Method("ROME", rome), Method("KDPO", hparams)], record)
     (_, alone) = edit_by_hand([Method("KDPO", hparams)], record)
     assert same_state(before, state(model))
-    assert (both[2].texts, both[2].probability, both[2].trace) == (alone.texts, alone.probability, alone.trace)
+    assert (both[2].texts, both[2].probability) == (alone.texts, alone.probability)
+    assert both[2].trace["losses"] == alone.trace["losses"]
     assert both[1].texts != both[0].texts and "steps" not in both[1].trace
 
 
