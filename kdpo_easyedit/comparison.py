@@ -162,7 +162,7 @@ def compare(
         for protocol in protocols:
             for method in methods:
                 editor = _editor(method, first, protocol)
-                host.set_contexts({})
+                host.set_memory()
                 if protocol == SINGLE:
                     row = _edit_one_by_one(run, editor, before, method.name, seed, bar)
                 else:
@@ -186,10 +186,9 @@ def check(
         HostError: it cannot.
     """
     for method in methods:
-        if not host.edits_weights(method.hparams):
-            host.check_adapters(SEQUENTIAL in protocols)
-            if save_edits or save_model:
-                raise host.HostError(f"save_edits and save_model keep changed weights, and {method.name} changes none")
+        host.check_method(method.hparams, SEQUENTIAL in protocols)
+        if (save_edits or save_model) and not host.edits_weights(method.hparams):
+            raise host.HostError(f"save_edits and save_model keep changed weights, and {method.name} changes none")
     if (save_edits or save_model) and (len(methods) != 1 or SEQUENTIAL not in protocols):
         raise host.HostError("save_edits and save_model keep the sequential edits of one method; name one method")
     if save_model and save_model.exists():
@@ -223,7 +222,7 @@ def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[Metrics], nam
             try:
                 post = _measure_after(editor, edit.model, entry, seed)
             finally:
-                host.undo_edits(editor, edit.model, edit.originals)
+                host.undo_edits(editor, edit.originals)
             journal.append({"time": edit.seconds, "post": post, **edit.trace})
             progress.set_postfix_str(_running(journal.entries), refresh=False)
             progress.update()
@@ -250,6 +249,8 @@ def _examples(metrics: Sequence[Metrics], n: int = 3) -> list[Example]:
 
 # The edited weights are on disk at every checkpoint, and after this many edits or seconds.
 _SAVE_EDITS, _SAVE_SECONDS = 25, 60
+# Before the names of what is saved with them that is no weight of the model's.
+_REMEMBERED = "remembered:"
 
 
 def _edit_in_sequence(
@@ -266,13 +267,16 @@ def _edit_in_sequence(
     """Edits made one after another; at every checkpoint all so far are measured. Returns a row a checkpoint.
 
     A run that was cut off goes on from the last weights on disk. What an edit samples follows from the seed and its number,
-    and ROME's and MEMIT's contexts are kept with the weights, so that nothing tells the difference afterwards.
+    and what methods remember, such as ROME's contexts, is kept with the weights, so that nothing tells the difference
+    afterwards. Edits in a wrapper (GRACE, WISE) are not saved: such a sequence starts over.
     """
     journal = run.journal(f"{name}-{SEQUENTIAL}.jsonl")
     weights, notes = run.read_weights(f"weights-{name}.safetensors")
-    finished = notes.get("edits", 0)
+    in_weights, resumes = host.edits_weights(editor.hparams), host.can_resume(editor.hparams)
+    complete = not resumes and (run.path / f"metrics-{name}-{SEQUENTIAL}.json").exists()
+    finished = len(before) if complete else notes.get("edits", 0)
     journal.cut(finished)
-    in_weights = host.edits_weights(editor.hparams)
+    remembered = {key: weights.pop(key) for key in list(weights) if key.startswith(_REMEMBERED)}
     edited, originals, rows = editor.model, {}, []
     if weights and not in_weights:  # any edit makes the adapter that the saved weights belong in
         edited = _timed_edit(editor, editor.model, before[0]["requested_rewrite"], seed).model
@@ -280,7 +284,7 @@ def _edit_in_sequence(
         originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
     try:
         write(edited, weights)
-        host.set_contexts(notes.get("contexts", {}))
+        host.set_memory(notes.get("contexts", {}), {key.removeprefix(_REMEMBERED): t for key, t in remembered.items()})
         saved_at = time.monotonic()
         with bar(total=len(before), initial=finished, desc=f"{name}, sequential edits") as progress:
             for checkpoint in checkpoints:
@@ -292,10 +296,11 @@ def _edit_in_sequence(
                     progress.update()
                     made = len(journal.entries)
                     due = made - finished >= _SAVE_EDITS or time.monotonic() - saved_at >= _SAVE_SECONDS
-                    if due or made == checkpoint:
-                        notes = {"edits": made, "contexts": host.contexts()}
+                    if resumes and (due or made == checkpoint):
+                        contexts, tensors = host.memory()
                         names = originals if in_weights else host.adapter_weights(edited)
-                        run.write_weights(f"weights-{name}.safetensors", read(edited, names), notes)
+                        saved = read(edited, names) | {_REMEMBERED + key: tensor for key, tensor in tensors.items()}
+                        run.write_weights(f"weights-{name}.safetensors", saved, {"edits": made, "contexts": contexts})
                         finished, saved_at = made, time.monotonic()
 
                 last = checkpoint == checkpoints[-1]
@@ -315,7 +320,7 @@ def _edit_in_sequence(
         if save_model:
             _save_model(edited, save_model)
     finally:
-        host.undo_edits(editor, edited, originals)
+        host.undo_edits(editor, originals)
     return rows
 
 
@@ -351,6 +356,7 @@ class _Edit:
 def _timed_edit(editor: Any, model: Any, request: Request, seed: int) -> _Edit:
     _seed_everything(seed)
     traces: list[EditTrace] = []
+    model = host.model_to_edit(editor, model)
     started = time.perf_counter()
     edited, originals = host.apply_edit(editor, model, request, traces)
     if torch.cuda.is_available():
@@ -482,11 +488,8 @@ def _settings(hparams: Any) -> tuple[Any, ...]:
 def _editor(method: Method, loaded: Any, protocol: str) -> Any:
     """EasyEdit's editor of a method, on the model that another editor has loaded."""
     hparams = copy.copy(method.hparams)
-    # What wraps the model also changes it; it gets one of its own.
-    model = loaded.model if host.edits_weights(hparams) else copy.deepcopy(loaded.model)
-    hparams.model_name = (model, loaded.tok)
-    if hasattr(hparams, "sequential_edit"):
-        hparams.sequential_edit = protocol == SEQUENTIAL
+    hparams.model_name = (loaded.model, loaded.tok)
+    hparams.sequential_edit = protocol == SEQUENTIAL  # KDPO and WISE ask for it
     return host.BaseEditor(hparams)
 
 
