@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
@@ -239,8 +239,8 @@ class ModelName(str):
     def lower(self) -> str:
         return self.model_type
 
-    def __contains__(self, part: str) -> bool:
-        return part in self.model_type
+    def __contains__(self, part: object) -> bool:
+        return isinstance(part, str) and part in self.model_type
 
 
 def check_device(device: Any) -> None:
@@ -532,6 +532,9 @@ _LEFT_OUT = {
     **dict.fromkeys(("FT-Api", "DeepEdit-Api"), "edits a model behind somebody's API"),
     "QLoRA": "edits a quantised model, and a comparison needs one model for all methods",
     "DINM": "edits what a model refuses to say, not facts",
+    "MELO": "needs a second model, which tells prompts apart",
+    "SimIE": "is a way to run another method, which it would have to load",
+    "ULTRAEDIT": "keeps the first model that it is given, and does not tell which weights it changed",
 }
 
 
@@ -602,6 +605,9 @@ def apply_edit(
     """
     if _is_wrapper(model):
         model = model.model  # the wrapped copy, in which the method finds its layer
+    for name, module in model.named_modules():
+        if "lora_" in name:
+            module.train()
     edited, originals = editor.apply_algo(
         model,
         editor.tok,
@@ -613,7 +619,8 @@ def apply_edit(
         train_ds=None,
         traces=traces,
     )
-    return edited, originals if edits_weights(editor.hparams) else {}
+    # Adapters are trained with their dropout and used without; main leaves it on.
+    return edited.eval(), originals if edits_weights(editor.hparams) else {}
 
 
 def _wanted_beside(editor: Any, model: Any, request: dict[str, Any]) -> dict[str, str]:
@@ -668,7 +675,7 @@ def _forget(*names: str) -> None:
 
 
 def memory() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What later edits of a sequence need of what methods keep in their modules: contexts, as JSON can hold them, and tensors."""
+    """What the next edits of a sequence need of what methods keep in their modules: contexts, for JSON, and tensors."""
     contexts, tensors = {}, {}
     for name, module in list(sys.modules.items()):
         if _is_easyedit(name) and vars(module).get("CONTEXT_TEMPLATES_CACHE"):
@@ -678,12 +685,12 @@ def memory() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return contexts, tensors
 
 
-def set_memory(contexts: dict[str, Any] = {}, tensors: dict[str, torch.Tensor] = {}) -> None:
+def set_memory(contexts: Mapping[str, Any] | None = None, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Let methods remember this and nothing else; they would keep what they have for whatever model comes next."""
     _forget(*_MEMORY)
-    for name, written in contexts.items():
+    for name, written in (contexts or {}).items():
         _module(name.partition(".")[2]).CONTEXT_TEMPLATES_CACHE = written
-    for name, keys in tensors.items():
+    for name, keys in (tensors or {}).items():
         vars(_module(name.partition(".")[2])).update(cache_c=keys, cache_c_new=True)
 
 
