@@ -516,14 +516,15 @@ RELEASE_BEHAVIOUR = {
     "model_parallel": False,
 }
 
-# A method's edits are in the model's own weights, or beside them in a copy that it wraps: in an adapter, whose weights can be
-# saved, or in a layer with a memory of its own (GRACE, WISE, DEFER).
+# A method's edits are in the model's own weights, and it tells which; or they are in a copy of the model: in the weights of
+# an adapter, or in whatever else the method wraps the copy in.
 _IN_WEIGHTS = (
-    "KDPO", "FT", "ROME", "R-ROME", "MEMIT", "MEMIT-FE", "EMMET", "EAMET", "PMET", "AlphaEdit", "SPHERE", "CORE",
+    "KDPO", "FT", "ROME", "R-ROME", "MEMIT", "MEMIT-FE", "EMMET", "PMET", "AlphaEdit", "SPHERE", "CORE",
 )  # fmt: skip
 _IN_ADAPTERS = ("LoRA", "DPO")
-_IN_WRAPPERS = ("GRACE", "WISE", "DEFER")
+_IN_WRAPPERS = ("GRACE", "WISE", "KN")
 COMPARABLE = (*_IN_WEIGHTS, *_IN_ADAPTERS, *_IN_WRAPPERS)
+_PACKAGES = {"LoRA": "peft", "DPO": "peft", "KN": "einops"}
 
 # What else EasyEdit names, and why a comparison leaves it out.
 _LEFT_OUT = {
@@ -532,6 +533,8 @@ _LEFT_OUT = {
     **dict.fromkeys(("FT-Api", "DeepEdit-Api"), "edits a model behind somebody's API"),
     "QLoRA": "edits a quantised model, and a comparison needs one model for all methods",
     "DINM": "edits what a model refuses to say, not facts",
+    "DEFER": "decides by the answer's last token, which nobody has before the answer is there",
+    "EAMET": "cannot edit GPT-2, on which methods are tried out here",
     "MELO": "needs a second model, which tells prompts apart",
     "SimIE": "is a way to run another method, which it would have to load",
     "ULTRAEDIT": "keeps the first model that it is given, and does not tell which weights it changed",
@@ -539,12 +542,12 @@ _LEFT_OUT = {
 
 
 def edits_weights(hparams: Any) -> bool:
-    """Whether a method's edits are in the model's own weights, and not beside them in a wrapped copy."""
+    """Whether a method's edits are in the model's own weights, and not in a copy of it."""
     return hparams.alg_name in _IN_WEIGHTS
 
 
 def can_resume(hparams: Any) -> bool:
-    """Whether a sequence that was cut off can go on from saved weights; a wrapper's memory is not saved."""
+    """Whether a sequence that was cut off can go on from saved weights; what a wrapper holds is not saved."""
     return hparams.alg_name not in _IN_WRAPPERS
 
 
@@ -559,10 +562,13 @@ def check_method(hparams: Any, sequential: bool) -> None:
     Raises:
         HostError: it does not.
     """
-    if hparams.alg_name in _IN_ADAPTERS and importlib.util.find_spec("peft") is None:
-        raise HostError(f"{hparams.alg_name} needs the package peft, which is not here: pip install peft")
+    package = _PACKAGES.get(hparams.alg_name)
+    if package and importlib.util.find_spec(package) is None:
+        raise HostError(f"{hparams.alg_name} needs the package {package}, which is not here: pip install {package}")
     if hparams.alg_name == "LoRA" and sequential and IS_RELEASE:
         raise HostError("LoRA begins a new adapter at every edit on EasyEdit's release; sequential edits need its main branch")
+    if hparams.alg_name == "WISE" and (not hparams.save_freq or hparams.merge_freq % hparams.save_freq):
+        raise HostError(f"merge_freq is {hparams.merge_freq!r}; allowed: a multiple of save_freq, {hparams.save_freq!r}")
 
 
 def hyper_params_class(method: str) -> type:
@@ -592,7 +598,7 @@ def edit_quality(editor: Any, model: Any, request: dict[str, Any], fluency: bool
 
 
 def model_to_edit(editor: Any, model: Any) -> Any:
-    """What :func:`apply_edit` may be given: the model, or a copy of an unedited one where the method would wrap it."""
+    """What :func:`apply_edit` may be given: the model, or a copy of an unedited one where edits are not in its weights."""
     return copy.deepcopy(model) if model is editor.model and not edits_weights(editor.hparams) else model
 
 
@@ -605,13 +611,14 @@ def apply_edit(
     """
     if _is_wrapper(model):
         model = model.model  # the wrapped copy, in which the method finds its layer
+    request = request | _wanted_beside(editor, model, request)
     for name, module in model.named_modules():
         if "lora_" in name:
             module.train()
     edited, originals = editor.apply_algo(
         model,
         editor.tok,
-        [request | _wanted_beside(editor, model, request)],
+        [request],
         editor.hparams,
         copy=False,
         return_orig_weights=True,
@@ -627,9 +634,8 @@ def _wanted_beside(editor: Any, model: Any, request: dict[str, Any]) -> dict[str
     """What some methods want to know beside the request.
 
     DPO's answer to avoid is what the model says now, as many tokens as the target has. WISE's text that the edit is not about
-    is something that the model writes from nothing; what locality is measured on must not be known to any method.
+    is something that the model writes from nothing: what locality is measured on must not be known to any method.
     """
-
     tok = editor.tok
 
     def written(ids: list[int], tokens: int, **how: Any) -> str:
@@ -695,7 +701,7 @@ def set_memory(contexts: Mapping[str, Any] | None = None, tensors: Mapping[str, 
 
 
 def _is_wrapper(model: Any) -> bool:
-    """Whether a model is one of EasyEdit's own classes, which keep edits in a layer beside the model's weights."""
+    """Whether a model is of one of EasyEdit's own classes, which keep edits in a layer that they put into it."""
     return _is_easyedit(type(model).__module__)
 
 

@@ -241,14 +241,16 @@ def test_what_the_model_has_no_room_for_is_refused_before_any_work(methods, requ
     assert not (tmp_path / "before.jsonl").exists()
 
 
-# Methods that come without hyper-parameters: those of a method of the same kind, and what is their own.
+# Methods that come without hyper-parameters: those of another, and what is their own.
 UNTUNED = {
     "MEMIT-FE": ("MEMIT", {}),
-    "EAMET": ("MEMIT", {}),
     "CORE": ("MEMIT", {}),
     "SPHERE": ("AlphaEdit", {"cumulative_ratio": 0.5, "suppression_strength": 0.5}),
-    "DEFER": ("GRACE", {"threshold": 0.5}),
-}
+    "KN": (
+        "GRACE",
+        {"lr_scale": 1.0, "n_toks": 10, "refine": False, "batch_size": 20, "steps": 20, "adaptive_threshold": 0.2, "p": 0.4},
+    ),
+}  # fmt: skip
 TUNED = sorted(path.parent.name for path in (ROOT / "hparams").glob("*/world.yaml"))
 
 
@@ -282,8 +284,8 @@ def test_a_method_edits_and_the_next_one_does_not_see_it(
     name, methods, afterwards, small_world, requests, tmp_path, monkeypatch
 ):
     """Cut off in the middle it goes on, or starts over, to the same end; what comes after it gets the model as it was."""
-    if name in ("LoRA", "DPO"):
-        pytest.importorskip("peft")
+    if name in host._PACKAGES:
+        pytest.importorskip(host._PACKAGES[name])
     method = method_for(name, small_world, tmp_path)
     edited, undo = [], host.undo_edits
 
