@@ -631,10 +631,11 @@ def apply_edit(
 
 
 def _wanted_beside(editor: Any, model: Any, request: dict[str, Any]) -> dict[str, str]:
-    """What some methods want to know beside the request.
+    """What some methods want to know beside the request, or otherwise than it says.
 
     DPO's answer to avoid is what the model says now, as many tokens as the target has. WISE's text that the edit is not about
-    is something that the model writes from nothing: what locality is measured on must not be known to any method.
+    is something that the model writes from nothing: what locality is measured on must not be known to any method. PMET puts
+    the space before a target for models with "gpt" in their names only, where its kin do for all.
     """
     tok = editor.tok
 
@@ -648,6 +649,8 @@ def _wanted_beside(editor: Any, model: Any, request: dict[str, Any]) -> dict[str
         case "DPO":
             length = len(tok(f" {request['target_new']}", add_special_tokens=False)["input_ids"])
             return {"target_neg": written(tok(request["prompt"])["input_ids"], length, do_sample=False)}
+        case "PMET":
+            return {"target_new": f" {request['target_new']}"}
         case "WISE":
             start = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
             return {"loc_prompt": written([start], 10, do_sample=True)}

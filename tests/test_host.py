@@ -360,11 +360,18 @@ def test_adapters_are_used_without_dropout(small_world, requests, fresh, method)
 
 
 @pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
-def test_dpo_avoids_what_the_model_says_now(requests, fresh):
-    hparams = load_hparams("LoRA", "world")
-    hparams.alg_name, hparams.model_name = "DPO", fresh
+def test_what_methods_want_beside_the_request(requests, fresh):
+    hparams = load_hparams("FT", "world")
+    hparams.model_name = fresh
     editor = host.BaseEditor(hparams)
     for request in requests[:5]:
         length = len(editor.tok(f" {request['target_new']}")["input_ids"])
         says = editor.tok.decode(editor.tok(f" {request['ground_truth']}.")["input_ids"][:length]).strip()
-        assert host._wanted_beside(editor, editor.model, request) == {"target_neg": says}
+        expected = {"DPO": {"target_neg": says}, "PMET": {"target_new": f" {request['target_new']}"}, "FT": {}}
+        for editor.hparams.alg_name, wanted in expected.items():
+            assert host._wanted_beside(editor, editor.model, request) == wanted
+    editor.hparams.alg_name = "WISE"
+    texts = {host._wanted_beside(editor, editor.model, request)["loc_prompt"] for request in requests[:5]}
+    assert len(texts) > 1
+    for text in texts:
+        assert 0 < len(editor.tok(text)["input_ids"]) <= 10 and text not in str(requests)
