@@ -75,14 +75,14 @@ def edit_by_hand(
         found = [said(first.model, "(before)")]
         for method in methods:
             editor = editor_of(method, first, SINGLE)
-            host.set_contexts({})
+            host.set_memory()
             edit = timed_edit(editor, editor.model, request, seed)
             try:
                 found.append(said(edit.model, method.name, edit.seconds, edit.trace))
                 if save_edits:
                     edits.save_edits(save_edits, edit.model, edit.originals, [request], plain(editor.hparams))
             finally:
-                host.undo_edits(editor, edit.model, edit.originals)
+                host.undo_edits(editor, edit.originals)
     return found
 
 

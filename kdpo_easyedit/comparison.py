@@ -29,7 +29,7 @@ from scipy.stats import bootstrap, permutation_test
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from . import edits, host
+from . import edits, host, mom2
 from .datasets import DatasetError, Request
 from .hparams import HParamsError, KDPOHyperParams
 from .kdpo_main import EditTrace
@@ -224,7 +224,7 @@ def compare(
         for protocol in protocols:
             for method in methods:
                 editor = editor_of(method, first, protocol)
-                host.set_contexts({})
+                host.set_memory()
                 if protocol == SINGLE:
                     row = _edit_one_by_one(run, editor, before, method.name, seed, bar)
                 else:
@@ -249,10 +249,9 @@ def check(
         HostError: it cannot.
     """
     for method in methods:
-        if not host.edits_weights(method.hparams):
-            host.check_adapters(SEQUENTIAL in protocols)
-            if save_edits or save_model:
-                raise host.HostError(f"save_edits and save_model keep changed weights, and {method.name} changes none")
+        host.check_method(method.hparams, SEQUENTIAL in protocols)
+        if (save_edits or save_model) and not host.edits_weights(method.hparams):
+            raise host.HostError(f"save_edits and save_model keep changed weights, and {method.name} changes none")
     if (save_edits or save_model) and (len(methods) != 1 or SEQUENTIAL not in protocols):
         raise host.HostError("save_edits and save_model keep the sequential edits of one method; name one method")
     if save_edits and not save_edits.absolute().parent.is_dir():
@@ -288,7 +287,7 @@ def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[Metrics], nam
             try:
                 post = _measure_after(editor, edit.model, entry, seed)
             finally:
-                host.undo_edits(editor, edit.model, edit.originals)
+                host.undo_edits(editor, edit.originals)
             journal.append({"time": edit.seconds, "post": post, **edit.trace})
             progress.set_postfix_str(_running(journal.entries), refresh=False)
             progress.update()
@@ -317,6 +316,8 @@ def _examples(metrics: Sequence[Metrics], n: int = 3) -> list[Example]:
 
 # The edited weights are on disk at every checkpoint, and after this many edits or seconds.
 _SAVE_EDITS, _SAVE_SECONDS = 25, 60
+# Before the names of what is saved with them that is no weight of the model's.
+_REMEMBERED, _PROTECTED = "remembered:", "protected:"
 
 
 def _edit_in_sequence(
@@ -333,13 +334,19 @@ def _edit_in_sequence(
     """Edits made one after another; at every checkpoint all so far are measured. Returns a row a checkpoint.
 
     A run that was cut off goes on from the last weights on disk. What an edit samples follows from the seed and its number,
-    and ROME's and MEMIT's contexts are kept with the weights, so that nothing tells the difference afterwards.
+    and what methods remember, such as ROME's contexts, is kept with the weights, so that nothing tells the difference
+    afterwards. Edits in a wrapper (GRACE, WISE) are not saved: such a sequence starts over.
     """
     journal = run.journal(f"{name}-{SEQUENTIAL}.jsonl")
     weights, notes = run.read_weights(f"weights-{name}.safetensors")
-    finished = notes.get("edits", 0)
+    in_weights, resumes = host.edits_weights(editor.hparams), host.can_resume(editor.hparams)
+    complete = not resumes and (run.path / f"metrics-{name}-{SEQUENTIAL}.json").exists()
+    finished = len(before) if complete else notes.get("edits", 0)
     journal.cut(finished)
-    in_weights = host.edits_weights(editor.hparams)
+    remembered, protected = (
+        {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+        for prefix in (_REMEMBERED, _PROTECTED)
+    )
     edited, originals, rows = editor.model, {}, []
     if weights and not in_weights:  # any edit makes the adapter that the saved weights belong in
         edited = timed_edit(editor, editor.model, before[0]["requested_rewrite"], seed).model
@@ -347,7 +354,9 @@ def _edit_in_sequence(
         originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
     try:
         write(edited, weights)
-        host.set_contexts(notes.get("contexts", {}))
+        host.set_memory(notes.get("contexts", {}), remembered)
+        if protected:
+            mom2.protect_keys(edited, editor.tok, editor.hparams, protected)
         saved_at = time.monotonic()
         with bar(total=len(before), initial=finished, desc=f"{name}, sequential edits") as progress:
             for checkpoint in checkpoints:
@@ -359,10 +368,13 @@ def _edit_in_sequence(
                     progress.update()
                     made = len(journal.entries)
                     due = made - finished >= _SAVE_EDITS or time.monotonic() - saved_at >= _SAVE_SECONDS
-                    if due or made == checkpoint:
-                        notes = {"edits": made, "contexts": host.contexts()}
+                    if resumes and (due or made == checkpoint):
+                        contexts, tensors = host.memory()
                         names = originals if in_weights else host.adapter_weights(edited)
-                        run.write_weights(f"weights-{name}.safetensors", read(edited, names), notes)
+                        saved = read(edited, names)
+                        saved |= {_REMEMBERED + key: tensor for key, tensor in tensors.items()}
+                        saved |= {_PROTECTED + key: kept for key, kept in mom2.protected_keys(edited).items()}
+                        run.write_weights(f"weights-{name}.safetensors", saved, {"edits": made, "contexts": contexts})
                         finished, saved_at = made, time.monotonic()
 
                 last = checkpoint == checkpoints[-1]
@@ -383,7 +395,7 @@ def _edit_in_sequence(
         if save_model:
             _save_model(edited, save_model)
     finally:
-        host.undo_edits(editor, edited, originals)
+        host.undo_edits(editor, originals)
     return rows
 
 
@@ -420,6 +432,7 @@ def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
     """One edit by an editor's method; of KDPO with its trace, of others with ``final_token_accuracy`` alone."""
     _seed_everything(seed)
     traces: list[EditTrace] = []
+    model = host.model_to_edit(editor, model)
     peak = PeakMemory(editor.device)
     started = time.perf_counter()
     edited, originals = host.apply_edit(editor, model, request, traces)
@@ -647,11 +660,8 @@ def _settings(hparams: Any) -> tuple[Any, ...]:
 def editor_of(method: Method, loaded: Any, protocol: str) -> Any:
     """EasyEdit's editor of a method, on the model that another editor has loaded."""
     hparams = copy.copy(method.hparams)
-    # What wraps the model also changes it; it gets one of its own.
-    model = loaded.model if host.edits_weights(hparams) else copy.deepcopy(loaded.model)
-    hparams.model_name = (model, loaded.tok)
-    if hasattr(hparams, "sequential_edit"):
-        hparams.sequential_edit = protocol == SEQUENTIAL
+    hparams.model_name = (loaded.model, loaded.tok)
+    hparams.sequential_edit = protocol == SEQUENTIAL  # KDPO and WISE ask for it
     return host.BaseEditor(hparams)
 
 

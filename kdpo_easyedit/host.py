@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial, wraps
 from pathlib import Path
@@ -32,11 +32,14 @@ import numpy as np
 import torch
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from . import world
+from .edits import fingerprint
+from .files import whole
 from .weights import write
 
 _HOW_TO_GET_IT = (
@@ -208,18 +211,22 @@ def register(hyper_params: type, apply_to_model: Callable) -> None:
             _mend_block_outputs()
         else:
             _mend_generation()
+            _mend_routing()
+            _mend_projections()
+            _mend_dpo()
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Loading. EasyEdit chooses tokenizer and class by what a model's name contains, which leaves out most models of today
 # and runs code from the hub for others. Causal language models are loaded here instead, on both in the same way.
 
-# The methods that need the prompt's tokens to start at 0, as main has them in BaseEditor.__init__.
-_PAD_RIGHT = {"ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE"}
+# The methods that need the prompt's tokens to start at 0: those that main names in BaseEditor.__init__, and two that count
+# tokens in the same way and that it forgets.
+_PAD_RIGHT = {"ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE", "PMET", "MEMIT-FE"}
 
 
 class ModelName(str):
-    """A model's name in EasyEdit's keeping. Where it looks for "t5" and the like in the name, it finds the model's type."""
+    """A model's name in EasyEdit's keeping. Where it looks for "gpt2" and the like in the name, it finds the model's type."""
 
     model_type: str
 
@@ -233,6 +240,9 @@ class ModelName(str):
 
     def lower(self) -> str:
         return self.model_type
+
+    def __contains__(self, part: object) -> bool:
+        return isinstance(part, str) and part in self.model_type
 
 
 def check_device(device: Any) -> None:
@@ -360,9 +370,94 @@ def _mend_generation() -> None:
     def unmasked(model: Any, *args: Any, **kwargs: Any) -> Any:
         return generate_fast(Unmasked(model), *args, **kwargs)
 
-    for name, module in list(sys.modules.items()):
-        if _is_easyedit(name) and getattr(module, "generate_fast", None) is generate_fast:
-            module.generate_fast = unmasked  # type: ignore[attr-defined]
+    _replace_everywhere("generate_fast", generate_fast, unmasked)
+
+
+def _mend_routing() -> None:
+    """GRACE and WISE decide at every run whether an edit is asked for: once for all rows of a batch, padding included.
+
+    Prompts are therefore measured one at a time. GRACE decides by one token, the prompt's last; main leaves it where the last
+    edit or generation had it.
+    """
+    utils, generate = _module("evaluate.evaluate_utils"), _module("util.generate")
+    measure, sample = utils.test_prediction_acc, generate.generate_fast
+
+    def decide_at(model: Any, token: int) -> None:
+        for module in model.modules():
+            if hasattr(module, "key_id"):
+                module.key_id = token
+
+    @wraps(measure)
+    def test_prediction_acc(model: Any, tok: Any, hparams: Any, prompts: Any, targets: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_wrapper(model):
+            return measure(model, tok, hparams, prompts, targets, *args, **kwargs)
+        results = []
+        for prompt, target in [(prompts, targets)] if isinstance(prompts, str) else zip(prompts, targets):
+            decide_at(model, len(tok(prompt)["input_ids"]) - 1)
+            results += measure(model, tok, hparams, prompt, target, *args, **kwargs)
+        return results
+
+    @wraps(sample)
+    def generate_fast(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_wrapper(model):
+            decide_at(model, -1)  # the last of what it is given
+        return sample(model, *args, **kwargs)
+
+    _replace_everywhere("test_prediction_acc", measure, test_prediction_acc)
+    _replace_everywhere("generate_fast", sample, generate_fast)
+
+
+def _mend_projections() -> None:
+    """AlphaEdit and its kin project an edit onto what a layer's covariance hardly reaches.
+
+    Main knows the shape of that projection for some models' names only, writes it where it stands, and takes one that lies
+    there for any model. Here it is made for every model, by main's own code, and kept in ``stats_dir`` under the fingerprint
+    of the covariance; ``P_loc`` is not read.
+    """
+    for method, name in (("AlphaEdit", "alphaedit.AlphaEdit_main"), ("SPHERE", "SPHERE.SPHERE_main")):
+        ALG_DICT[method] = _with_projection(ALG_DICT[method], _module(f"models.{name}"))
+
+
+def _with_projection(apply: Callable, module: ModuleType) -> Callable:
+    @wraps(apply)
+    def apply_with_projection(model: Any, tok: Any, requests: Any, hparams: Any, **kwargs: Any) -> Any:
+        memory = vars(module)
+        if not memory["P_loaded"]:
+            memory["P"] = torch.stack([_projection(module, model, tok, layer, hparams) for layer in hparams.layers])
+            memory["P_loaded"] = True
+        if not memory["cache_c_new"]:  # what this method has edited so far
+            memory["cache_c"], memory["cache_c_new"] = torch.zeros_like(memory["P"]), True
+        hparams = copy.copy(hparams)
+        hparams.P_loc = __file__  # something that exists, so that nothing is made
+        return apply(model, tok, requests, hparams, **kwargs)
+
+    return apply_with_projection
+
+
+def _projection(module: Any, model: Any, tok: Any, layer: int, hparams: Any) -> torch.Tensor:
+    layer_name = hparams.rewrite_module_tmp.format(layer)
+    statistics = hparams.mom2_dataset, hparams.mom2_n_samples, hparams.mom2_dtype
+    covariance = module.get_cov(model, tok, layer_name, *statistics, hparams=hparams)
+    file = Path(hparams.stats_dir) / "projections" / f"{fingerprint(covariance)}-{hparams.nullspace_threshold}.safetensors"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole(file) as unfinished:
+            save_file({"P": module.get_project(model, tok, layer, hparams).contiguous()}, unfinished)
+    return load_file(file)["P"]
+
+
+def _mend_dpo() -> None:
+    """Main's DPO begins a new adapter at every edit, which takes the last one's place; here it goes on in the one there is."""
+    module = _module("models.dpo.dpo_main")
+    begin = module.get_peft_model
+    module.get_peft_model = lambda model, config: model if hasattr(model, "peft_config") else begin(model, config)
+
+
+def _replace_everywhere(name: str, old: Any, new: Any) -> None:
+    """Let all of EasyEdit's modules that have imported ``old`` under a name have ``new``."""
+    for module_name, module in list(sys.modules.items()):
+        if _is_easyedit(module_name) and getattr(module, name, None) is old:
+            setattr(module, name, new)
 
 
 def _mend_metrics() -> None:
@@ -380,8 +475,7 @@ def _mend_metrics() -> None:
         finally:
             tok.padding_side, hparams.max_length = before
 
-    for name in ("evaluate", "evaluate_utils", "portability_evaluate"):
-        _module(f"evaluate.{name}").test_prediction_acc = test_prediction_acc
+    _replace_everywhere("test_prediction_acc", measure, test_prediction_acc)
 
 
 def _mend_block_outputs() -> None:
@@ -424,14 +518,39 @@ RELEASE_BEHAVIOUR = {
     "model_parallel": False,
 }
 
-# The methods whose edits are weights, or adapters that can be unloaded: what a comparison can apply and undo.
-EDITING_WEIGHTS = ("KDPO", "FT", "ROME", "R-ROME", "MEMIT", "EMMET", "PMET")
-COMPARABLE = (*EDITING_WEIGHTS, "LoRA")
+# A method's edits are in the model's own weights, and it tells which; or they are in a copy of the model: in the weights of
+# an adapter, or in whatever else the method wraps the copy in.
+_IN_WEIGHTS = (
+    "KDPO", "FT", "ROME", "R-ROME", "MEMIT", "MEMIT-FE", "EMMET", "PMET", "AlphaEdit", "SPHERE", "CORE",
+)  # fmt: skip
+_IN_ADAPTERS = ("LoRA", "DPO")
+_IN_WRAPPERS = ("GRACE", "WISE", "KN")
+COMPARABLE = (*_IN_WEIGHTS, *_IN_ADAPTERS, *_IN_WRAPPERS)
+_PACKAGES = {"LoRA": "peft", "DPO": "peft", "KN": "einops"}
+
+# What else EasyEdit names, and why a comparison leaves it out.
+_LEFT_OUT = {
+    **dict.fromkeys(("MEND", "SERAC"), "needs an editor that was trained for the model"),
+    "IKE": "edits nothing: it puts examples from a training set before every prompt",
+    **dict.fromkeys(("FT-Api", "DeepEdit-Api"), "edits a model behind somebody's API"),
+    "QLoRA": "edits a quantised model, and a comparison needs one model for all methods",
+    "DINM": "edits what a model refuses to say, not facts",
+    "DEFER": "decides by the answer's last token, which nobody has before the answer is there",
+    "EAMET": "cannot edit GPT-2, on which methods are tried out here",
+    "MELO": "needs a second model, which tells prompts apart",
+    "SimIE": "is a way to run another method, which it would have to load",
+    "ULTRAEDIT": "keeps the first model that it is given, and does not tell which weights it changed",
+}
 
 
 def edits_weights(hparams: Any) -> bool:
-    """Whether a method's edits are in the model's own weights; LoRA's are in an adapter beside them."""
-    return hparams.alg_name in EDITING_WEIGHTS
+    """Whether a method's edits are in the model's own weights, and not in a copy of it."""
+    return hparams.alg_name in _IN_WEIGHTS
+
+
+def can_resume(hparams: Any) -> bool:
+    """Whether a sequence that was cut off can go on from saved weights; what a wrapper holds is not saved."""
+    return hparams.alg_name not in _IN_WRAPPERS
 
 
 def adapter_weights(model: Any) -> list[str]:
@@ -439,16 +558,19 @@ def adapter_weights(model: Any) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def check_adapters(sequential: bool) -> None:
-    """Whether methods that keep their edits in an adapter run here.
+def check_method(hparams: Any, sequential: bool) -> None:
+    """Whether a method runs here.
 
     Raises:
-        HostError: they do not.
+        HostError: it does not.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise HostError("LoRA needs the package peft, which is not here: pip install peft")
-    if sequential and IS_RELEASE:
+    package = _PACKAGES.get(hparams.alg_name)
+    if package and importlib.util.find_spec(package) is None:
+        raise HostError(f"{hparams.alg_name} needs the package {package}, which is not here: pip install {package}")
+    if hparams.alg_name == "LoRA" and sequential and IS_RELEASE:
         raise HostError("LoRA begins a new adapter at every edit on EasyEdit's release; sequential edits need its main branch")
+    if hparams.alg_name == "WISE" and (not hparams.save_freq or hparams.merge_freq % hparams.save_freq):
+        raise HostError(f"merge_freq is {hparams.merge_freq!r}; allowed: a multiple of save_freq, {hparams.save_freq!r}")
 
 
 def hyper_params_class(method: str) -> type:
@@ -458,7 +580,8 @@ def hyper_params_class(method: str) -> type:
         HostError: this EasyEdit does not have the method, or a comparison cannot run it.
     """
     if method not in COMPARABLE:
-        raise HostError(f"editing_method is {method!r}; allowed: {', '.join(COMPARABLE)}")
+        reason = f", which {_LEFT_OUT[method]}" if method in _LEFT_OUT else ""
+        raise HostError(f"editing_method is {method!r}{reason}; allowed: {', '.join(COMPARABLE)}")
     if method not in ALG_DICT:
         here, there = ("release", "GitHub main branch") if IS_RELEASE else ("GitHub main branch", "release")
         raise HostError(f"editing_method is {method!r}, which EasyEdit's {here} does not have, but its {there} does")
@@ -469,8 +592,10 @@ def hyper_params_class(method: str) -> type:
 
 def edit_quality(editor: Any, model: Any, request: dict[str, Any], fluency: bool = True) -> dict[str, Any]:
     """EasyEdit's metrics of one request on a model: ``rewrite_acc``, ``rephrase_acc``, ``locality`` …"""
+    hparams = copy.copy(editor.hparams)
+    hparams.alg_name = "KDPO"  # main measures GRACE by other means than all others, which nothing could be compared with
     return _module("evaluate").compute_edit_quality(
-        model, editor.model_name, editor.hparams, editor.tok, request, editor.hparams.device, test_generation=fluency
+        model, editor.model_name, hparams, editor.tok, request, hparams.device, test_generation=fluency
     )
 
 
@@ -493,6 +618,11 @@ def own_summary(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
     return next(values[1] for values in printed if values[0] == "Metrics Summary: ")
 
 
+def model_to_edit(editor: Any, model: Any) -> Any:
+    """What :func:`apply_edit` may be given: the model, or a copy of an unedited one where edits are not in its weights."""
+    return copy.deepcopy(model) if model is editor.model and not edits_weights(editor.hparams) else model
+
+
 def apply_edit(
     editor: Any, model: Any, request: dict[str, Any], traces: list[Any] | None = None
 ) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -500,42 +630,103 @@ def apply_edit(
 
     KDPO adds its trace to ``traces``; the others take no notice of it.
     """
-    return editor.apply_algo(
+    if _is_wrapper(model):
+        model = model.model  # the wrapped copy, in which the method finds its layer
+    request = request | _wanted_beside(editor, model, request)
+    for name, module in model.named_modules():
+        if "lora_" in name:
+            module.train()
+    edited, originals = editor.apply_algo(
         model,
         editor.tok,
         [request],
         editor.hparams,
         copy=False,
         return_orig_weights=True,
-        keep_original_weight=IS_RELEASE,
+        keep_original_weight=IS_RELEASE or edits_weights(editor.hparams),  # EMMET tells of no weights otherwise
         train_ds=None,
         traces=traces,
     )
+    # Adapters are trained with their dropout and used without; main leaves it on.
+    return edited.eval(), originals if edits_weights(editor.hparams) else {}
 
 
-def undo_edits(editor: Any, edited_model: Any, originals: dict[str, torch.Tensor]) -> None:
-    """Give ``editor.model`` back the weights that :func:`apply_edit` told of; an adapter is unloaded."""
-    if edited_model is not editor.model:
-        edited_model.unload()
-        if hasattr(editor.model, "peft_config"):
-            del editor.model.peft_config
+def _wanted_beside(editor: Any, model: Any, request: dict[str, Any]) -> dict[str, str]:
+    """What some methods want to know beside the request, or otherwise than it says.
+
+    DPO's answer to avoid is what the model says now, as many tokens as the target has. WISE's text that the edit is not about
+    is something that the model writes from nothing: what locality is measured on must not be known to any method. PMET puts
+    the space before a target for models with "gpt" in their names only, where its kin do for all.
+    """
+    tok = editor.tok
+
+    def written(ids: list[int], tokens: int, **how: Any) -> str:
+        inputs = torch.tensor([ids], device=model.device)
+        with torch.no_grad():
+            output = model.generate(inputs, max_new_tokens=tokens, pad_token_id=tok.pad_token_id, **how)
+        return tok.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+
+    match editor.hparams.alg_name:
+        case "DPO":
+            length = len(tok(f" {request['target_new']}", add_special_tokens=False)["input_ids"])
+            return {"target_neg": written(tok(request["prompt"])["input_ids"], length, do_sample=False)}
+        case "PMET":
+            return {"target_new": f" {request['target_new']}"}
+        case "WISE":
+            start = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
+            return {"loc_prompt": written([start], 10, do_sample=True)}
+    return {}
+
+
+def undo_edits(editor: Any, originals: dict[str, torch.Tensor]) -> None:
+    """Give ``editor.model`` back the weights that :func:`apply_edit` told of, and let the method forget its edits."""
     write(editor.model, originals)
+    _forget("cache_c_new", "edit_history", "merge_group_edit_history")
 
 
-def contexts() -> dict[str, Any]:
-    """The contexts that ROME, MEMIT and their like have written for the model at hand, by module."""
-    found = {name: getattr(module, _CONTEXTS, None) for name, module in list(sys.modules.items()) if _is_easyedit(name)}
-    return {name: written for name, written in found.items() if written is not None}
+# What methods keep in their modules, and what it is before anything is kept: contexts that they have written for the model,
+# its covariances and what follows from them, and the edits of a sequence.
+_MEMORY: dict[str, Any] = {
+    "CONTEXT_TEMPLATES_CACHE": None,
+    "COV_CACHE": {},
+    "inv_mom2_cache": {},
+    "P_loaded": False,
+    "cache_c_new": False,
+    "edit_history": [],
+    "merge_group_edit_history": [],
+}
 
 
-def set_contexts(written: dict[str, Any]) -> None:
-    """Let ROME, MEMIT and their like use these contexts and no others; they would keep theirs for whatever model comes next."""
+def _forget(*names: str) -> None:
+    for module_name, module in list(sys.modules.items()):
+        for name in names:
+            if _is_easyedit(module_name) and name in vars(module):
+                setattr(module, name, copy.copy(_MEMORY[name]))
+
+
+def memory() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the next edits of a sequence need of what methods keep in their modules: contexts, for JSON, and tensors."""
+    contexts, tensors = {}, {}
     for name, module in list(sys.modules.items()):
-        if _is_easyedit(name) and hasattr(module, _CONTEXTS):
-            setattr(module, _CONTEXTS, written.get(name))
+        if _is_easyedit(name) and vars(module).get("CONTEXT_TEMPLATES_CACHE"):
+            contexts[name] = module.CONTEXT_TEMPLATES_CACHE
+        if _is_easyedit(name) and vars(module).get("cache_c_new"):
+            tensors[name] = module.cache_c
+    return contexts, tensors
 
 
-_CONTEXTS = "CONTEXT_TEMPLATES_CACHE"
+def set_memory(contexts: Mapping[str, Any] | None = None, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Let methods remember this and nothing else; they would keep what they have for whatever model comes next."""
+    _forget(*_MEMORY)
+    for name, written in (contexts or {}).items():
+        _module(name.partition(".")[2]).CONTEXT_TEMPLATES_CACHE = written
+    for name, keys in (tensors or {}).items():
+        vars(_module(name.partition(".")[2])).update(cache_c=keys, cache_c_new=True)
+
+
+def _is_wrapper(model: Any) -> bool:
+    """Whether a model is of one of EasyEdit's own classes, which keep edits in a layer that they put into it."""
+    return _is_easyedit(type(model).__module__)
 
 
 def _is_easyedit(module_name: str) -> bool:

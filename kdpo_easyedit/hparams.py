@@ -84,6 +84,8 @@ def load_hparams(method: str, name_or_path: str | Path) -> Any:
     if cls is KDPOHyperParams:
         return KDPOHyperParams.from_hparams(path)
     config = HyperParams.construct_float_from_scientific_notation(config)
+    if "act_margin" in config and algorithm == "WISE":  # EasyEdit's YAMLs have one key for three fields
+        config |= zip(("alpha", "beta", "gamma"), config.pop("act_margin"))
     try:
         if IS_RELEASE:
             _drop_keys_of_main(cls, config)

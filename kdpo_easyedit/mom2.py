@@ -193,10 +193,15 @@ def usages(model: Any, tok: Any, hparams: KDPOHyperParams) -> dict[str, Usage]:
         names, hparams.stats_dir, hparams.mom2_dataset, hparams.mom2_n_samples, hparams.mom2_dtype, hparams.mom2_damping,
         hparams.mom2_edit_weight,
     )  # fmt: skip
+    if model not in _KNOWN or _KNOWN[model].settings != settings:
+        _KNOWN[model] = _Known(settings, _ordinary(model, tok, names, hparams), {}, {})
+    return _edited(model) or _KNOWN[model].ordinary
+
+
+def _edited(model: Any) -> dict[str, Usage]:
+    """With the edits that the model holds; empty where it holds none that are known of."""
     known = _KNOWN.get(model)
-    if known is None or known.settings != settings:
-        known = _KNOWN[model] = _Known(settings, _ordinary(model, tok, names, hparams), {}, {})
-    return known.edited if known.edited and known.fingerprints == _fingerprints(model, names) else known.ordinary
+    return known.edited if known and known.edited and known.fingerprints == _fingerprints(model, known.edited) else {}
 
 
 def remember(model: Any, edited: dict[str, Usage]) -> None:
@@ -207,8 +212,7 @@ def remember(model: Any, edited: dict[str, Usage]) -> None:
 
 def protected_keys(model: Any) -> dict[str, Tensor]:
     """What is to be kept of the edits that ``model`` holds, to go on from them another time; empty where nothing is known."""
-    known = _KNOWN.get(model)
-    return {} if known is None else {name: usage.protected for name, usage in known.edited.items()}
+    return {name: usage.protected for name, usage in _edited(model).items()}
 
 
 def protect_keys(model: Any, tok: Any, hparams: KDPOHyperParams, protected: Mapping[str, Tensor]) -> None:

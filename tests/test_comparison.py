@@ -362,42 +362,89 @@ def test_a_prompt_that_leaves_no_more_room_than_the_target_needs_runs(methods, r
     assert 0 <= row.edit_success <= 100 and row.fluency is not None
 
 
-@pytest.fixture
-def lora(small_world, tmp_path):
-    pytest.importorskip("peft")
-    config = yaml.safe_load((ROOT / "hparams" / "LoRA" / "world.yaml").read_text())
-    path = tmp_path / "lora.yaml"
-    path.write_text(yaml.safe_dump({**config, "model_name": str(small_world.folder)}))
-    return Method("LoRA", load_hparams("LoRA", path))
+# Methods that come without hyper-parameters: those of another, and what is their own.
+UNTUNED = {
+    "MEMIT-FE": ("MEMIT", {}),
+    "CORE": ("MEMIT", {}),
+    "SPHERE": ("AlphaEdit", {"cumulative_ratio": 0.5, "suppression_strength": 0.5}),
+    "KN": (
+        "GRACE",
+        {"lr_scale": 1.0, "n_toks": 10, "refine": False, "batch_size": 20, "steps": 20, "adaptive_threshold": 0.2, "p": 0.4},
+    ),
+}  # fmt: skip
+TUNED = sorted(path.parent.name for path in (ROOT / "hparams").glob("*/world.yaml"))
 
 
-@pytest.mark.skipif(not on_main(), reason="LoRA's sequential edits are for EasyEdit's main branch")
-def test_lora_keeps_its_edits_in_an_adapter_and_the_next_method_does_not_see_them(methods, lora, requests, tmp_path):
-    """Cut off in the middle it goes on to the same end, and what comes after it gets the model as it was."""
-    whole = compare([lora, methods[0]], requests[:4], [SINGLE, SEQUENTIAL], tmp_path / "whole", eval_at=[2])
-    assert [row.edit_success for row in whole.rows if (row.method, row.protocol) == ("LoRA", SINGLE)] == [100]
-    alone = compare([methods[0]], requests[:4], [SINGLE, SEQUENTIAL], tmp_path / "alone", eval_at=[2])
-    untimed = [uncosted(row) for row in whole.rows if row.method == "KDPO"]
-    assert untimed == [uncosted(row) for row in alone.rows]
+def method_for(name: str, small_world, tmp_path) -> Method:
+    """A method with the world's hyper-parameters, on the small world."""
+    folder, own = UNTUNED.get(name, (name, {}))
+    config = yaml.safe_load((ROOT / "hparams" / folder / "world.yaml").read_text())
+    config |= {"model_name": str(small_world.folder)} | own
+    config["alg_name"] = {"FT-M": "FT", "KDPO+C": "KDPO"}.get(name, name)
+    if "stats_dir" in config:
+        config["stats_dir"] = str(small_world.statistics)
+    known = host.hyper_params_class(config["alg_name"]).__dataclass_fields__
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in config.items() if key in known}))
+    return Method(name, load_hparams(name, path))
 
-    adapter = load_file(tmp_path / "whole" / "weights-LoRA.safetensors")
-    assert adapter and all("lora" in name for name in adapter)
+
+def untimed(rows) -> list[dict]:
+    return [uncosted(row) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def afterwards(methods, requests, tmp_path_factory):
+    """FT when no other method has run."""
+    return compare([methods[1]], requests[:N], [SINGLE, SEQUENTIAL], tmp_path_factory.mktemp("alone"), eval_at=[2]).rows
+
+
+@pytest.mark.skipif(not on_main(), reason="most methods are on EasyEdit's main branch only")
+@pytest.mark.parametrize("name", [*TUNED, *UNTUNED])
+def test_a_method_edits_and_the_next_one_does_not_see_it(
+    name, methods, afterwards, small_world, requests, tmp_path, monkeypatch
+):
+    """Cut off in the middle it goes on, or starts over, to the same end; what comes after it gets the model as it was."""
+    if name in host._PACKAGES:
+        pytest.importorskip(host._PACKAGES[name])
+    method = method_for(name, small_world, tmp_path)
+    edited, undo = [], host.undo_edits
+
+    def undone(editor, originals):
+        undo(editor, originals)
+        edited.append(editor.model.state_dict())
+        assert same_state(edited[0], editor.model.state_dict())
+        assert not host.memory()[1]
+
+    monkeypatch.setattr(host, "undo_edits", undone)
+    whole = compare([method, methods[1]], requests[:N], [SINGLE, SEQUENTIAL], tmp_path / "whole", eval_at=[2])
+    assert untimed(row for row in whole.rows if row.method == "FT") == untimed(afterwards)
+    single, sequential = (row for row in whole.rows if row.method == name)
+    for row in (single, sequential):
+        assert row.edit_success > whole.before.edit_success + (30 if name in TUNED else 0), name
+        assert row.locality > 0
+
     edit, edits = host.apply_edit, []
 
     def stopping(*arguments):
         edits.append(arguments)
-        if len(edits) == 4:
+        if len(edits) == N:
             raise KeyboardInterrupt
         return edit(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "apply_edit", stopping)
         with pytest.raises(KeyboardInterrupt):
-            compare([lora], requests[:4], [SEQUENTIAL], tmp_path / "cut", eval_at=[2])
-    again = compare([lora], requests[:4], [SEQUENTIAL], tmp_path / "cut", eval_at=[2])
-    assert same_state(adapter, load_file(tmp_path / "cut" / "weights-LoRA.safetensors"))
-    expected = next(row for row in whole.rows if (row.method, row.protocol) == ("LoRA", SEQUENTIAL))
-    assert uncosted(again.rows[0]) == uncosted(expected)
+            compare([method], requests[:N], [SEQUENTIAL], tmp_path / "cut", eval_at=[2])
+    again = compare([method], requests[:N], [SEQUENTIAL], tmp_path / "cut", eval_at=[2])
+    assert untimed(again.rows) == untimed([sequential])
+    saved = [folder / f"weights-{name}.safetensors" for folder in (tmp_path / "whole", tmp_path / "cut")]
+    if host.can_resume(method.hparams):
+        assert same_state(*map(load_file, saved))
+    else:
+        assert not any(file.exists() for file in saved)
+        monkeypatch.setattr(host, "apply_edit", None)  # nothing is left to do
+        assert untimed(compare([method], requests[:N], [SEQUENTIAL], tmp_path / "cut", eval_at=[2]).rows) == untimed(again.rows)
 
 
 def test_what_lora_lacks_is_told_before_any_work(methods, requests, tmp_path, monkeypatch):

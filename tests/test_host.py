@@ -292,5 +292,86 @@ def test_all_four_methods_run_on_the_small_world(small_world, requests, tmp_path
         edited, originals = host.apply_edit(editor, editor.model, requests[0])
         changed = {name for name, tensor in edited.state_dict().items() if not torch.equal(tensor, before[name])}
         assert changed == set(originals) and changed, method
-        host.undo_edits(editor, edited, originals)
+        host.undo_edits(editor, originals)
         assert same_state(before, state(editor.model)), method
+
+
+def test_every_method_of_the_host_is_named_or_left_out_with_a_reason():
+    assert set(host.ALG_DICT) <= {*host.COMPARABLE, *host._LEFT_OUT}
+    for method, reason in host._LEFT_OUT.items():
+        with pytest.raises(host.HostError, match=f"editing_method is {method!r}, which {reason}; allowed: KDPO, FT"):
+            host.hyper_params_class(method)
+
+
+@pytest.mark.skipif(on_main(), reason="main has it")
+def test_what_the_release_lacks_is_told_with_the_host_that_has_it():
+    with pytest.raises(host.HostError, match=r"EasyEdit's release does not have, but its GitHub main branch does$"):
+        host.hyper_params_class("WISE")
+
+
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+def test_a_projection_is_made_for_the_covariance_at_hand_and_kept_with_the_statistics(small_world, requests, fresh, tmp_path):
+    """Not where the process stands, not one of another layer, and not remade for the same."""
+    hparams = load_hparams("AlphaEdit", "world")
+    hparams.model_name, hparams.stats_dir = fresh, str(tmp_path / "stats")
+    shutil.copytree(small_world.statistics, tmp_path / "stats", ignore=shutil.ignore_patterns("projections"))
+    files = []
+    for layer in (0, 1, 0):
+        host.set_memory()
+        hparams.layers = [layer]
+        editor = host.BaseEditor(copy.copy(hparams))
+        host.undo_edits(editor, host.apply_edit(editor, editor.model, requests[0])[1])
+        projection = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main").P[0]
+        torch.testing.assert_close(projection @ projection, projection, rtol=1e-3, atol=1e-4)
+        files.append(set((tmp_path / "stats" / "projections").iterdir()))
+    assert len(files[0]) == 1 and len(files[1]) == 2 and files[1] == files[2]
+    assert all(file.suffix == ".safetensors" for file in files[2])
+    assert not list(tmp_path.rglob("*.pt")) and not list(Path.cwd().glob("*.pt"))
+
+
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+def test_prompts_of_a_wrapper_are_measured_as_if_each_were_alone(small_world, requests, fresh):
+    """GRACE's key is the prompt's last token, wherever the last edit had it."""
+    hparams = load_hparams("GRACE", "world")
+    hparams.model_name = fresh
+    hparams.sequential_edit = True
+    editor = host.BaseEditor(hparams)
+    model = host.model_to_edit(editor, editor.model)
+    lengths = set()
+    for request in requests[:4]:
+        model, _ = host.apply_edit(editor, model, request)
+        lengths.add(len(editor.tok(request["prompt"])["input_ids"]))
+    assert len(lengths) > 1
+    for request in requests[:4]:
+        assert host.edit_quality(editor, model, request, fluency=False)["rewrite_acc"] == [1.0]
+
+
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+@pytest.mark.parametrize("method", ["LoRA", "DPO"])
+def test_adapters_are_used_without_dropout(small_world, requests, fresh, method):
+    pytest.importorskip("peft")
+    hparams = load_hparams(method, "world")
+    hparams.model_name, hparams.lora_dropout, hparams.num_steps = fresh, 0.5, 1
+    editor = host.BaseEditor(hparams)
+    model = host.model_to_edit(editor, editor.model)
+    for request in requests[:2]:
+        model, _ = host.apply_edit(editor, model, request)
+        assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+def test_what_methods_want_beside_the_request(requests, fresh):
+    hparams = load_hparams("FT", "world")
+    hparams.model_name = fresh
+    editor = host.BaseEditor(hparams)
+    for request in requests[:5]:
+        length = len(editor.tok(f" {request['target_new']}")["input_ids"])
+        says = editor.tok.decode(editor.tok(f" {request['ground_truth']}.")["input_ids"][:length]).strip()
+        expected = {"DPO": {"target_neg": says}, "PMET": {"target_new": f" {request['target_new']}"}, "FT": {}}
+        for editor.hparams.alg_name, wanted in expected.items():
+            assert host._wanted_beside(editor, editor.model, request) == wanted
+    editor.hparams.alg_name = "WISE"
+    texts = {host._wanted_beside(editor, editor.model, request)["loc_prompt"] for request in requests[:5]}
+    assert len(texts) > 1
+    for text in texts:
+        assert 0 < len(editor.tok(text)["input_ids"]) < 15 and text not in str(requests)
