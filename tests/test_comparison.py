@@ -268,6 +268,9 @@ def method_for(name: str, small_world, tmp_path) -> Method:
     return Method(name, load_hparams(name, path))
 
 
+FEW = 2
+
+
 def untimed(rows) -> list[dict]:
     return [asdict(row) | {"seconds_per_edit": 0} for row in rows]
 
@@ -275,7 +278,7 @@ def untimed(rows) -> list[dict]:
 @pytest.fixture(scope="module")
 def afterwards(methods, requests, tmp_path_factory):
     """FT when no other method has run."""
-    return compare([methods[1]], requests[:N], [SINGLE, SEQUENTIAL], tmp_path_factory.mktemp("alone"), eval_at=[2]).rows
+    return compare([methods[1]], requests[:FEW], [SINGLE, SEQUENTIAL], tmp_path_factory.mktemp("alone"), eval_at=[1]).rows
 
 
 @pytest.mark.skipif(not on_main(), reason="most methods are on EasyEdit's main branch only")
@@ -294,7 +297,7 @@ def test_a_method_edits_and_the_next_one_does_not_see_it(
         assert same_state(loaded[0].state_dict(), editor.model.state_dict()) and not host.memory()[1]
 
     monkeypatch.setattr(host, "undo_edits", undone)
-    whole = compare([method, methods[1]], requests[:N], [SINGLE, SEQUENTIAL], tmp_path / "whole", eval_at=[2])
+    whole = compare([method, methods[1]], requests[:FEW], [SINGLE, SEQUENTIAL], tmp_path / "whole", eval_at=[1])
     assert untimed(row for row in whole.rows if row.method == "FT") == untimed(afterwards)
     single, sequential = (row for row in whole.rows if row.method == name)
     for row in (single, sequential):
@@ -304,15 +307,15 @@ def test_a_method_edits_and_the_next_one_does_not_see_it(
 
     def stopping(*arguments):
         edits.append(arguments)
-        if len(edits) == N:
+        if len(edits) == FEW:
             raise KeyboardInterrupt
         return edit(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "apply_edit", stopping)
         with pytest.raises(KeyboardInterrupt):
-            compare([method], requests[:N], [SEQUENTIAL], tmp_path / "cut", eval_at=[2])
-    again = compare([method], requests[:N], [SEQUENTIAL], tmp_path / "cut", eval_at=[2])
+            compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1])
+    again = compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1])
     assert untimed(again.rows) == untimed([sequential])
     saved = [folder / f"weights-{name}.safetensors" for folder in (tmp_path / "whole", tmp_path / "cut")]
     if host.can_resume(method.hparams):
@@ -320,7 +323,9 @@ def test_a_method_edits_and_the_next_one_does_not_see_it(
     else:
         assert not any(file.exists() for file in saved)
         monkeypatch.setattr(host, "apply_edit", None)  # nothing is left to do
-        assert untimed(compare([method], requests[:N], [SEQUENTIAL], tmp_path / "cut", eval_at=[2]).rows) == untimed(again.rows)
+        assert untimed(compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1]).rows) == untimed(
+            again.rows
+        )
 
 
 def test_what_lora_lacks_is_told_before_any_work(methods, requests, tmp_path, monkeypatch):
