@@ -401,6 +401,7 @@ def _mend_routing() -> None:
     def generate_fast(model: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_wrapper(model):
             decide_at(model, -1)  # the last of what it is given
+            model = model.model  # which has a name, and edits as the wrapper does
         return sample(model, *args, **kwargs)
 
     _replace_everywhere("test_prediction_acc", measure, test_prediction_acc)
