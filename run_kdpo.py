@@ -48,7 +48,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="world",
         metavar="NAME",
         help="a model's short name, such as qwen1.5-0.5b, looked up as hparams/METHOD/NAME.yaml; "
-        "or, for one method, the path of a YAML (default: world, the model that is trained here)",
+        "or, for one method, the path of a YAML (default: world, a small model that is trained here; large-world is one with "
+        "room for 500 edits)",
     )
     what.add_argument(
         "--sequential_edit",
@@ -188,8 +189,8 @@ def run_by_hand(options: argparse.Namespace) -> int:
     record = {flag: getattr(options, flag) for flag in _BY_HAND if getattr(options, flag) is not None}
     check(methods, [SEQUENTIAL if save_edits else SINGLE], save_edits)
     check_record(methods, record)
-    if options.hparams_dir == world.NAME:
-        build_world(quiet=options.quiet)
+    if options.hparams_dir in world.RECIPES:
+        build_world(world.RECIPES[options.hparams_dir], options.quiet)
     found = edit_by_hand(methods, record, options.seed, save_edits)
     console = Console()
     print_by_hand(record, found, console)
@@ -221,7 +222,7 @@ def run(options: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     console = Console()
-    in_world = options.hparams_dir == world.NAME
+    in_world = options.hparams_dir in world.RECIPES
     of_world = ["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"]
     names = options.editing_method or (of_world if in_world and not options.ablation else ["KDPO"])
     methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in names]
@@ -237,7 +238,7 @@ def run(options: argparse.Namespace) -> int:
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
     stats_texts = datasets.read_passages(Path(options.stats_text)) if options.stats_text else []
-    data = options.data_dir or build_world(quiet=options.quiet).edits
+    data = options.data_dir or build_world(world.RECIPES[options.hparams_dir], options.quiet).edits
     requests = datasets.load_requests(
         data,
         options.datatype,

@@ -320,7 +320,7 @@ def _mend_loading() -> None:
 def _is_causal(hparams: Any) -> bool:
     """Whether ``hparams`` name a causal language model that :func:`load_model` can load; QLoRA's are quantised."""
     name = hparams.model_name
-    if not isinstance(name, str) or name == world.NAME:
+    if not isinstance(name, str) or name in world.RECIPES:
         return True
     if hparams.alg_name == "QLoRA" or any(api in name for api in ("gpt-3.5", "chatglm-api")):
         return False
@@ -788,8 +788,8 @@ def in_place(hparams: Any) -> Any:
 def _with_world(hparams: Any) -> Any:
     """A copy of ``hparams``; where their model is the world, it is built and they name its folder and statistics."""
     hparams = copy.copy(hparams)
-    if hparams.model_name == world.NAME:
-        built = build_world()
+    if hparams.model_name in world.RECIPES:
+        built = build_world(world.RECIPES[hparams.model_name])
         hparams.model_name = str(built.folder)
         if hasattr(hparams, "stats_dir"):
             hparams.stats_dir = str(built.statistics)

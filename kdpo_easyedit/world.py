@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast  # type: ignore[attr-defined]
 
-#: The model's name in a YAML: ``model_name: world``.
+#: The model's name in a YAML: ``model_name: world``; also what its statistics are named after.
 NAME = "world"
 
 _WORDINGS = {
@@ -107,6 +107,13 @@ class Recipe:
     matrix_decay: float = 0.15
     other_lr: float = 0.015
     recall: float = 0.99
+
+
+#: The worlds by their names. The large one has room for 500 edits at once, and takes some ten minutes to train.
+RECIPES = {
+    NAME: Recipe(),
+    "large-world": Recipe(people=600, places=72, development=600, inner=2048, vocabulary=1600, steps=1600, recall=0.98),
+}
 
 
 class WorldError(RuntimeError):
