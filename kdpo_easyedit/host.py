@@ -214,6 +214,7 @@ def register(hyper_params: type, apply_to_model: Callable) -> None:
             _mend_routing()
             _mend_projections()
             _mend_dpo()
+            _mend_wise()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -452,6 +453,22 @@ def _mend_dpo() -> None:
     module = _module("models.dpo.dpo_main")
     begin = module.get_peft_model
     module.get_peft_model = lambda model, config: model if hasattr(model, "peft_config") else begin(model, config)
+
+
+def _mend_wise() -> None:
+    """Main's WISE forgets the bias of GPT-2's layers when it retrieves from a finished memory: it must not come to that."""
+    adapter = _module("models.wise.WISE").WISEAdapter
+    save = adapter.save_weight
+
+    def save_weight(self: Any) -> None:
+        if self.bias is not None and self.config.retrieve:
+            raise HostError(
+                f"save_freq is {self.config.save_freq}, and that many edits are made; on GPT-2, EasyEdit's WISE can retrieve "
+                "from one memory only: set save_freq above the number of edits, or retrieve to false"
+            )
+        save(self)
+
+    adapter.save_weight = save_weight
 
 
 def _replace_everywhere(name: str, old: Any, new: Any) -> None:

@@ -375,3 +375,16 @@ def test_what_methods_want_beside_the_request(requests, fresh):
     assert len(texts) > 1
     for text in texts:
         assert 0 < len(editor.tok(text)["input_ids"]) < 15 and text not in str(requests)
+
+
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+def test_what_wise_cannot_do_is_told(requests, fresh):
+    hparams = load_hparams("WISE", "world")
+    hparams.save_freq, hparams.merge_freq = 2, 3
+    with pytest.raises(host.HostError, match="merge_freq is 3; allowed: a multiple of save_freq, 2"):
+        host.check_method(hparams, sequential=True)
+    hparams.model_name, hparams.n_iter, hparams.sequential_edit = fresh, 1, True
+    editor = host.BaseEditor(hparams)
+    model, _ = host.apply_edit(editor, host.model_to_edit(editor, editor.model), requests[0])
+    with pytest.raises(host.HostError, match="save_freq is 2, and that many edits are made"):
+        host.apply_edit(editor, model, requests[1])
