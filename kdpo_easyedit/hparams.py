@@ -84,7 +84,8 @@ def load_hparams(method: str, name_or_path: str | Path) -> Any:
     if cls is KDPOHyperParams:
         return KDPOHyperParams.from_hparams(path)
     config = HyperParams.construct_float_from_scientific_notation(config)
-    if "act_margin" in config and algorithm == "WISE":  # EasyEdit's YAMLs have one key for three fields
+    margins = config.get("act_margin")
+    if algorithm == "WISE" and isinstance(margins, list) and len(margins) == 3:  # EasyEdit's YAMLs have one key for three
         config |= zip(("alpha", "beta", "gamma"), config.pop("act_margin"))
     try:
         if IS_RELEASE:

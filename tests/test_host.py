@@ -348,15 +348,19 @@ def test_prompts_of_a_wrapper_are_measured_as_if_each_were_alone(small_world, re
 
 @pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
 @pytest.mark.parametrize("method", ["LoRA", "DPO"])
-def test_adapters_are_used_without_dropout(small_world, requests, fresh, method):
+def test_an_adapter_goes_on_from_edit_to_edit_and_is_used_without_dropout(requests, fresh, method):
     pytest.importorskip("peft")
     hparams = load_hparams(method, "world")
-    hparams.model_name, hparams.lora_dropout, hparams.num_steps = fresh, 0.5, 1
+    hparams.model_name, hparams.lora_dropout, hparams.num_steps = fresh, 0.5, 2
     editor = host.BaseEditor(hparams)
-    model = host.model_to_edit(editor, editor.model)
+    model, adapters = host.model_to_edit(editor, editor.model), []
     for request in requests[:2]:
         model, _ = host.apply_edit(editor, model, request)
         assert not any(module.training for module in model.modules())
+        adapters.append({name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad})
+        editor.hparams.lr = 0.0
+    assert any(weight.any() for name, weight in adapters[0].items() if "lora_B" in name)
+    assert same_state(*adapters)
 
 
 @pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")

@@ -111,8 +111,9 @@ def test_a_yaml_of_easyedits_for_wise_is_understood(tmp_path):
     margins = [config.pop(key) for key in ("alpha", "beta", "gamma")]
     hparams = load_hparams("WISE", written(tmp_path, config | {"act_margin": margins}))
     assert [hparams.alpha, hparams.beta, hparams.gamma] == margins
-    with pytest.raises(HParamsError, match="missing key 'gamma'"):
-        load_hparams("WISE", written(tmp_path, config | {"act_margin": margins[:2]}))
+    for wrong in (margins[:2], 5.0):
+        with pytest.raises(HParamsError, match="unknown key 'act_margin'"):
+            load_hparams("WISE", written(tmp_path, config | {"act_margin": wrong}))
 
 
 def test_fine_tuning_has_its_two_names():
