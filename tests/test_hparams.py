@@ -102,7 +102,7 @@ def test_every_provided_yaml_loads(path):
     assert getattr(hparams, "layers", None) is not None or hparams.inner_params
 
 
-HERE_ON_RELEASE = ("KDPO", "FT", "ROME", "MEMIT", "LoRA")
+HERE_ON_RELEASE = ("KDPO", "KDPO+C", "FT", "ROME", "MEMIT", "LoRA")
 
 
 @pytest.mark.skipif(not on_main(), reason="WISE is for EasyEdit's main branch")
