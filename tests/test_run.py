@@ -194,3 +194,17 @@ def test_the_default_run_is_the_main_job(tmp_path):
     assert matplotlib.image.imread(folder / "curve.png").shape[1] > 1000
     assert [r["n_edits"] for r in json.loads((folder / "curve.json").read_text()) if r["method"] == "KDPO"] == [1, 10, 20]
     assert done.stdout.count("before  ") == done.stdout.count("after   ") == 3
+
+
+def test_statistics_that_are_missing_are_told_or_made_from_a_text(small_world, tmp_path):
+    config = yaml.safe_load((ROOT / "hparams" / "KDPO+C" / "world.yaml").read_text())
+    own = {"model_name": str(small_world.folder), "stats_dir": "stats", "mom2_dataset": "mine"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config | own))
+    arguments = "--editing_method", "KDPO+C", "--hparams_dir", "mine.yaml", "--data_dir", small_world.edits, "--ds_size", 1
+    done = run(*arguments, folder=tmp_path)
+    assert done.returncode == 2 and "there are no such statistics" in done.stderr and "--stats_text" in done.stderr
+    assert not (tmp_path / "output" / "before.jsonl").exists()
+    done = run(*arguments, "--stats_text", small_world.folder / "text.txt", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "stats").rglob("*.npz")
+    assert "mine_stats" in str(file) and (tmp_path / "output" / "report.html").exists()
