@@ -266,7 +266,7 @@ class KDPOHyperParams(HyperParams):
     sequential_lr_scale: float = _field("what lr is multiplied by in sequential edits", _positive, 0.2)
     update_scale: float = _field("the share of the update that is applied; 2 repeats the release's doubling", _positive, 1.0)
     mom2_adjustment: bool = _field("KDPO+C: steps that change little of what W is used for; not the paper's", _flag, False)
-    mom2_step: float = _field("KDPO+C: logits that the first step adds to the preference; lr is not used", _positive, 6)
+    mom2_step: float = _field("KDPO+C: logits that a cycle's first step adds to the preference; lr is not used", _positive, 6)
     mom2_damping: float = _field("KDPO+C: λ, added to the statistics' diagonal, whose mean is 1", _positive, 0.01)
     mom2_edit_weight: float = _field("KDPO+C: what a key of a finished edit counts beside E[k kᵀ]", _not_negative, 0.01)
     mom2_dataset: str = _field("the statistics' text, as in MEMIT's YAMLs", _text, "wikipedia")

@@ -164,6 +164,7 @@ def execute(
                 break
 
             reference_margin = preference.reference_margin()
+            update.begin_cycle()
             for _ in range(hparams.num_steps):
                 loss = preference_loss(preference.margin(update.weights), reference_margin, hparams.beta)
                 trace.losses[-1].append(loss.item())
@@ -203,6 +204,9 @@ class _Adam:
             weight_decay=hparams.weight_decay * scale,
             fused=True,
         )
+
+    def begin_cycle(self) -> None:
+        """Adam's state is kept."""
 
     def step(self, loss: Tensor) -> None:
         gradients = torch.autograd.grad(self.scale * loss, list(self.weights.values()))

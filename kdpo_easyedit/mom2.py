@@ -11,6 +11,7 @@ needed times its keys, once. The keys of a finished edit are added to C, so that
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,10 +117,10 @@ class Change:
 
 
 class SteepestDescent:
-    """KDPO+C's optimiser. The first step raises the preference's margin by ``mom2_step`` logits, to first order.
+    """KDPO+C's optimiser. A cycle's first step raises the preference's margin by ``mom2_step`` logits, to first order.
 
-    A step's size so means the same for every model, layer and damping. Later steps have the same rate η, and the loss's
-    gradient shrinks them as the preference is learnt.
+    A step's size so means the same for every model, layer and damping. The cycle's later steps have the same rate η, and the
+    loss's gradient shrinks them as the preference is learnt.
 
     Attributes:
         weights: the changes, by the names of the weights.
@@ -133,18 +134,21 @@ class SteepestDescent:
         self.scale = scale
         self.rate: float | None = None
 
+    def begin_cycle(self) -> None:
+        self.rate = None
+
     def step(self, loss: Tensor) -> None:
         changes = list(self.weights.values())
         gradients = [g / self.scale for g in torch.autograd.grad(self.scale * loss, [c.nudge for c in changes])]
         if self.rate is None:
-            self.rate = self._first_rate(changes, gradients)
+            self.rate = self._rate(changes, gradients, loss.item())
         for change, gradient in zip(changes, gradients):
             change.coefficients -= self.rate * gradient
 
-    def _first_rate(self, changes: Sequence[Change], gradients: Sequence[Tensor]) -> float:
-        """A step of rate η lowers the loss by η tr(G S Gᵀ); −log σ(β · margin) has a slope of −β/2 where it starts."""
+    def _rate(self, changes: Sequence[Change], gradients: Sequence[Tensor], loss: float) -> float:
+        """A step of rate η lowers the loss L by η tr(G S Gᵀ), and L = −log σ(β · margin) has the slope −β (1 − exp −L)."""
         metric = sum(change.metric(gradient) for change, gradient in zip(changes, gradients))
-        return self.hparams.mom2_step * self.hparams.beta / (2 * metric) if metric > 0 else 0.0
+        return self.hparams.mom2_step * self.hparams.beta * -math.expm1(-loss) / metric if metric > 0 else 0.0
 
     def result(self) -> dict[str, Tensor]:
         """The new weights, float32, as the model stores them."""
