@@ -214,6 +214,7 @@ def register(hyper_params: type, apply_to_model: Callable) -> None:
             _mend_routing()
             _mend_projections()
             _mend_dpo()
+            _mend_grace()
             _mend_wise()
 
 
@@ -453,6 +454,21 @@ def _mend_dpo() -> None:
     module = _module("models.dpo.dpo_main")
     begin = module.get_peft_model
     module.get_peft_model = lambda model, config: model if hasattr(model, "peft_config") else begin(model, config)
+
+
+def _mend_grace() -> None:
+    """GRACE freezes all that it finds, its own values too: an edit that one of these is to serve could not be learnt."""
+    grace = _module("models.grace.GRACE")
+    edit = grace.GRACE.edit
+
+    @wraps(edit)
+    def edit_with_values(self: Any, *args: Any, **kwargs: Any) -> None:
+        for module in self.model.modules():
+            if isinstance(module, grace.GRACEAdapter) and "keys" in vars(module):
+                module.values.requires_grad_()
+        edit(self, *args, **kwargs)
+
+    grace.GRACE.edit = edit_with_values
 
 
 def _mend_wise() -> None:
@@ -771,8 +787,6 @@ def output_to(folder: Path) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------------
 # The world, with the covariance statistics that MEMIT needs.
 
-_STATISTICS_SAMPLES = 1000
-
 
 def build_world(recipe: world.Recipe = world.Recipe(), quiet: bool = False) -> world.World:
     """The world of :func:`kdpo_easyedit.world.build`, with covariance statistics where EasyEdit's MEMIT looks for them.
@@ -782,13 +796,13 @@ def build_world(recipe: world.Recipe = world.Recipe(), quiet: bool = False) -> w
     """
     built = world.build(recipe, quiet)
     names = [f"transformer.h.{layer}.mlp.c_proj" for layer in range(recipe.layers)]
-    files = [statistics_file(built.statistics, str(built.folder), name, world.NAME, _STATISTICS_SAMPLES) for name in names]
+    files = [statistics_file(built.statistics, str(built.folder), name, world.NAME, recipe.samples) for name in names]
     missing = [name for name, file in zip(names, files) if not file.is_file()]
     if missing:
         model = AutoModelForCausalLM.from_pretrained(built.folder)
         tok = AutoTokenizer.from_pretrained(built.folder)
         for name in tqdm(missing, desc="covariance statistics of the world", unit="layer", disable=quiet):
-            compute_statistics(model, tok, name, built.statistics, world.NAME, _STATISTICS_SAMPLES, texts=built.passages())
+            compute_statistics(model, tok, name, built.statistics, world.NAME, recipe.samples, texts=built.passages())
     return built
 
 

@@ -262,11 +262,11 @@ class KDPOHyperParams(HyperParams):
         "teacher_forced",
     )
     online: bool = _field("true: new negatives every cycle; false: those of the edit's start in every cycle", _flag, True)
-    sequential_edit: bool = _field("edits follow one another: lr is scaled", _flag, False)
-    sequential_lr_scale: float = _field("what lr is multiplied by in sequential edits", _positive, 0.2)
+    sequential_edit: bool = _field("edits follow one another: steps are scaled", _flag, False)
+    sequential_lr_scale: float = _field("what lr, or mom2_step, is multiplied by in sequential edits", _positive, 0.2)
     update_scale: float = _field("the share of the update that is applied; 2 repeats the release's doubling", _positive, 1.0)
     mom2_adjustment: bool = _field("KDPO+C: steps that change little of what W is used for; not the paper's", _flag, False)
-    mom2_step: float = _field("KDPO+C: logits that a cycle's first step adds to the preference; lr is not used", _positive, 6)
+    mom2_step: float = _field("KDPO+C: logits that a cycle's first step adds to the preference; lr is not used", _positive, 30)
     mom2_damping: float = _field("KDPO+C: λ, added to the statistics' diagonal, whose mean is 1", _positive, 0.01)
     mom2_edit_weight: float = _field("KDPO+C: what a key of a finished edit counts beside E[k kᵀ]", _not_negative, 0.01)
     mom2_dataset: str = _field("the statistics' text, as in MEMIT's YAMLs", _text, "wikipedia")
@@ -280,6 +280,11 @@ class KDPOHyperParams(HyperParams):
 
     def __post_init__(self) -> None:
         self.validate()
+
+    @property
+    def step_scale(self) -> float:
+        """What lr, or mom2_step, is multiplied by."""
+        return self.sequential_lr_scale if self.sequential_edit else 1
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> KDPOHyperParams:

@@ -199,7 +199,7 @@ class _Adam:
         # Adam takes no notice of a loss that is scaled, its own constants too.
         self.optimizer = torch.optim.Adam(
             self.weights.values(),
-            lr=hparams.lr * (hparams.sequential_lr_scale if hparams.sequential_edit else 1),
+            lr=hparams.lr * hparams.step_scale,
             eps=1e-8 * scale,
             weight_decay=hparams.weight_decay * scale,
             fused=True,

@@ -117,7 +117,8 @@ class Change:
 
 
 class SteepestDescent:
-    """KDPO+C's optimiser. A cycle's first step raises the preference's margin by ``mom2_step`` logits, to first order.
+    """KDPO+C's optimiser. A cycle's first step raises the preference's margin by ``mom2_step`` logits, to first order; in
+    sequential edits by less, as KDPO's steps are smaller then.
 
     A step's size so means the same for every model, layer and damping. The cycle's later steps have the same rate η, and the
     loss's gradient shrinks them as the preference is learnt.
@@ -148,7 +149,8 @@ class SteepestDescent:
     def _rate(self, changes: Sequence[Change], gradients: Sequence[Tensor], loss: float) -> float:
         """A step of rate η lowers the loss L by η tr(G S Gᵀ), and L = −log σ(β · margin) has the slope −β (1 − exp −L)."""
         metric = sum(change.metric(gradient) for change, gradient in zip(changes, gradients))
-        return self.hparams.mom2_step * self.hparams.beta * -math.expm1(-loss) / metric if metric > 0 else 0.0
+        logits = self.hparams.mom2_step * self.hparams.step_scale
+        return logits * self.hparams.beta * -math.expm1(-loss) / metric if metric > 0 else 0.0
 
     def result(self) -> dict[str, Tensor]:
         """The new weights, float32, as the model stores them."""

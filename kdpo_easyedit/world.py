@@ -6,7 +6,8 @@ asked for, and kept in the user's cache folder with a benchmark file in KnowEdit
 
 Each person has one fact that is never edited, so that locality has something to stand on, and what follows from a fact
 (the country of a birthplace, the industry of an employer) is only told of people whose fact is never edited: for all
-others the model has to work it out from the parts, and portability measures whether it still can after an edit.
+others the model has to work it out from the parts, and portability measures whether it still can after an edit. A model
+learns that only where enough people are told of who are never edited at all: the large world has such witnesses.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class Recipe:
     Attributes:
         people: how many; each has three facts.
         development: how many of the edits are set aside for choosing hyper-parameters.
+        witnesses: people beside them who have a birthplace and an employer, and of whom all that follows is told.
         width, inner, layers, heads: of the GPT-2.
         vocabulary: size of the byte-level BPE.
         steps, rows, tokens: of the training: batches, rows a batch, tokens a row.
@@ -88,12 +90,14 @@ class Recipe:
             beyond those of the models that editing methods' usual learning rates are meant for.
         other_lr: AdamW's learning rate, for embeddings, biases and norms.
         recall: the share of all facts, in every wording, that the trained model must say.
+        samples: passages of its text that covariance statistics are taken over.
     """
 
     people: int = 300
     places: int = 48
     countries: int = 12
     development: int = 100
+    witnesses: int = 0
     seed: int = 0
     width: int = 128
     inner: int = 1024
@@ -107,12 +111,15 @@ class Recipe:
     matrix_decay: float = 0.15
     other_lr: float = 0.015
     recall: float = 0.99
+    samples: int = 1000
 
 
 #: The worlds by their names. The large one has room for 500 edits at once, and takes some ten minutes to train.
 RECIPES = {
     NAME: Recipe(),
-    "large-world": Recipe(people=600, places=72, development=600, inner=2048, vocabulary=1600, steps=1600, recall=0.98),
+    "large-world": Recipe(
+        people=350, witnesses=700, development=200, inner=2048, vocabulary=1600, steps=2000, recall=0.98, samples=4000
+    ),
 }
 
 
@@ -176,7 +183,7 @@ def build(recipe: Recipe = Recipe(), quiet: bool = False) -> World:
         tok = _train_tokenizer(facts, recipe)
         with torch.random.fork_rng(devices=[]):
             model = _train_model(facts, tok, recipe, quiet)
-        recall = _recall(model, tok, facts)
+        recall = _recall(model, tok, facts.recalled)
         if recall < recipe.recall:
             raise WorldError(
                 f"the trained model recalls {recall:.1%} of its facts in all wordings; {recipe.recall:.0%} are needed. "
@@ -187,7 +194,8 @@ def build(recipe: Recipe = Recipe(), quiet: bool = False) -> World:
         test = len(facts.edits) - recipe.development
         _write_json(folder / "edits.json", facts.edits[:test])
         _write_json(folder / "development.json", facts.edits[test:])
-        _write_json(folder / "world.json", {"recipe": asdict(recipe), "recall": recall})
+        known = {"recall": recall, "worked_out": _recall(model, tok, facts.untold)}
+        _write_json(folder / "world.json", {"recipe": asdict(recipe)} | known)
         (folder / "text.txt").write_text("\n".join(facts.passages(random.Random(recipe.seed))), encoding="utf-8")
         try:
             folder.rename(world.folder)
@@ -202,6 +210,7 @@ class _Facts:
 
     Attributes:
         recalled: (prompt, answer) of every fact in every wording.
+        untold: the same of what follows from facts that are edited, as it is before the edit.
         sentences: everything the model is told.
         edits: records in KnowEdit's layout, in random order.
     """
@@ -216,11 +225,8 @@ class _Facts:
         follows |= {company: _INDUSTRIES[i % len(_INDUSTRIES)] for i, company in enumerate(companies)}
         values = {"birthplace": cities, "employer": companies, "profession": _PROFESSIONS}
 
-        first, last = ([names.new(2) for _ in range(recipe.people // 2 + 1)] for _ in range(2))
-        everyone = [f"{a} {b}" for a in first for b in last]
         facts = {
-            person: {relation: rng.choice(values[relation]) for relation in _WORDINGS}
-            for person in rng.sample(everyone, recipe.people)
+            person: {relation: rng.choice(values[relation]) for relation in _WORDINGS} for person in names.people(recipe.people)
         }
         # One fact a person is never edited: two in five a birthplace, two an employer, one a profession.
         kept = dict(zip(facts, ("birthplace", "employer", "birthplace", "employer", "profession") * recipe.people))
@@ -242,7 +248,6 @@ class _Facts:
             for value in values[relation]
             for wording in wordings
         ]
-        self.sentences = [f"{prompt} {answer}." for prompt, answer in (*self.recalled, *told, *parts)]
 
         def locality(person: str, relation: str) -> list[dict[str, Any]]:
             others = [other for other in facts if kept[other] == relation and other != person]
@@ -273,9 +278,23 @@ class _Facts:
                 record["portability"] = {"Reasoning": [{"prompt": asked, "ground_truth": follows[new]}]}
             return record
 
+        self.untold = [
+            (wording.format(person), follows[facts[person][relation]])
+            for person in facts
+            for relation, wordings in _FOLLOWS.items()
+            if relation != kept[person]
+            for wording in wordings
+        ]
         editable = [(p, r) for p, relations in facts.items() for r in relations if r != kept[p]]
         rng.shuffle(editable)
         self.edits = [edit(person, relation) for person, relation in editable]
+
+        for witness in names.people(recipe.witnesses):
+            for relation, wordings in _FOLLOWS.items():
+                value = rng.choice(values[relation])
+                self.recalled += [(wording.format(witness), value) for wording in _WORDINGS[relation]]
+                told += [(wording.format(witness), follows[value]) for wording in wordings]
+        self.sentences = [f"{prompt} {answer}." for prompt, answer in (*self.recalled, *told, *parts)]
 
     def passages(self, rng: random.Random, length: int = 5) -> list[str]:
         """All sentences once, in random order, some to a line."""
@@ -297,6 +316,11 @@ class _Names:
             if word not in self.used:
                 self.used.add(word)
                 return word
+
+    def people(self, number: int) -> list[str]:
+        """First and last names, which people share."""
+        first, last = ([self.new(2) for _ in range(number // 2 + 1)] for _ in range(2))
+        return self.rng.sample([f"{a} {b}" for a in first for b in last], number)
 
 
 def _train_tokenizer(facts: _Facts, recipe: Recipe) -> GPT2TokenizerFast:
@@ -378,11 +402,11 @@ def _batches(facts: _Facts, tok: GPT2TokenizerFast, recipe: Recipe) -> Iterator[
                 rows = []
 
 
-def _recall(model: GPT2LMHeadModel, tok: GPT2TokenizerFast, facts: _Facts) -> float:
-    """The share of all facts, in every wording, whose every token the model says."""
+def _recall(model: GPT2LMHeadModel, tok: GPT2TokenizerFast, facts: Sequence[tuple[str, str]]) -> float:
+    """The share of (prompt, answer) whose every token the model says."""
     by_shape: dict[tuple[int, int], list[list[int]]] = {}
-    prompts = tok([prompt for prompt, _ in facts.recalled])["input_ids"]
-    texts = tok([f"{prompt} {answer}" for prompt, answer in facts.recalled])["input_ids"]
+    prompts = tok([prompt for prompt, _ in facts])["input_ids"]
+    texts = tok([f"{prompt} {answer}" for prompt, answer in facts])["input_ids"]
     for prompt, text in zip(prompts, texts):
         by_shape.setdefault((len(prompt), len(text)), []).append(text)
     said = 0
@@ -391,7 +415,7 @@ def _recall(model: GPT2LMHeadModel, tok: GPT2TokenizerFast, facts: _Facts) -> fl
             ids = torch.tensor(rows)
             best = model(ids).logits.argmax(-1)
             said += int((best[:, start - 1 : -1] == ids[:, start:]).all(dim=1).sum())
-    return said / len(facts.recalled)
+    return said / len(facts)
 
 
 def _write_json(path: Path, content: Any) -> None:

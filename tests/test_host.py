@@ -347,6 +347,20 @@ def test_prompts_of_a_wrapper_are_measured_as_if_each_were_alone(small_world, re
 
 
 @pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+def test_grace_learns_an_edit_that_an_earlier_value_serves(requests, fresh):
+    hparams = load_hparams("GRACE", "world")
+    hparams.model_name, hparams.sequential_edit, hparams.n_iter = fresh, True, 1
+    editor = host.BaseEditor(hparams)
+    model, losses = host.model_to_edit(editor, editor.model), []
+    for n_iter in (1, 20, 1):
+        editor.hparams.n_iter = n_iter
+        model, _ = host.apply_edit(editor, model, requests[0])
+        losses.append(float(model.losses[0]))
+    (adapter,) = (module for module in model.modules() if hasattr(module, "epsilons"))
+    assert len(adapter.keys) == 1 and losses[2] < losses[1] / 2
+
+
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
 @pytest.mark.parametrize("method", ["LoRA", "DPO"])
 def test_an_adapter_goes_on_from_edit_to_edit_and_is_used_without_dropout(requests, fresh, method):
     pytest.importorskip("peft")

@@ -79,7 +79,8 @@ def test_without_the_adjustment_nothing_changes_to_the_bit(fresh, requests, hpar
         assert torch.equal(plain[WEIGHT], same[WEIGHT]) and trace == trace_of_same
 
 
-def test_a_step_is_the_gradient_times_s_and_gains_what_it_is_told_to(fresh, requests, aware, statistics):
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_step_is_the_gradient_times_s_and_gains_what_it_is_told_to(fresh, requests, aware, statistics, sequential):
     model, tok = fresh
     edit = edit_tokens(tok, requests[0]["prompt"], requests[0]["target_new"])
     at = slice(edit.prompt_length - 1, -1)
@@ -87,13 +88,14 @@ def test_a_step_is_the_gradient_times_s_and_gains_what_it_is_told_to(fresh, requ
     logits = model(edit.input_ids).logits[0, at]
     pairs = torch.stack((edit.targets, logits.argmax(-1)), -1)
     (gradient,) = torch.autograd.grad(pair_margin(logits.gather(-1, pairs)), parameter)
-    weights, trace = execute_kdpo(model, tok, requests[0], replace(aware, num_steps=1, cycles=1))
+    aware = replace(aware, num_steps=1, cycles=1, sequential_edit=sequential, sequential_lr_scale=0.25)
+    weights, trace = execute_kdpo(model, tok, requests[0], aware)
     assert trace.steps == 1
     step = (weights[WEIGHT] - parameter).double()
     moment = host.second_moment(statistics)
     expected = dense(moment, aware.mom2_damping, moment[:0], 0) @ gradient.double()  # a Conv1D's weight is [in, out]
     assert torch.nn.functional.cosine_similarity(step.flatten(), expected.flatten(), dim=0) > 0.9999
-    assert (step * gradient).sum().item() == pytest.approx(aware.mom2_step, rel=1e-3)
+    assert (step * gradient).sum().item() == pytest.approx(aware.mom2_step / (4 if sequential else 1), rel=1e-3)
 
 
 def test_edits_cost_what_they_should_not_touch_less(fresh, requests, hparams, aware, statistics):
@@ -103,7 +105,7 @@ def test_edits_cost_what_they_should_not_touch_less(fresh, requests, hparams, aw
     costs = []
     for settings in (hparams, aware):
         for request in requests[:5]:
-            weights, trace = execute_kdpo(model, tok, request, settings)
+            weights, trace = execute_kdpo(model, tok, request, replace(settings, sequential_edit=True))
             assert trace.final_token_accuracy == 1
             change = (weights[WEIGHT] - before).double()
             costs.append((change * (moment @ change)).sum().item())

@@ -73,6 +73,27 @@ def test_what_follows_is_another_country_or_industry_and_never_told_of_the_edite
         assert not any(f"{part} {question['ground_truth']}." in text for part in parts)
 
 
+def test_witnesses_are_told_of_in_full_and_neither_edited_nor_asked_about():
+    without, facts = world._Facts(SMALL), world._Facts(replace(SMALL, witnesses=6))
+    assert facts.edits == without.edits and facts.untold == without.untold
+    added = set(facts.sentences) - set(without.sentences)
+    assert len(added) == 6 * 2 * (5 + 2) and set(without.sentences) <= set(facts.sentences)
+    birthplace, country = world._WORDINGS["birthplace"][0], world._FOLLOWS["birthplace"][0]
+    people = {prompt for prompt, _ in facts.recalled if prompt.endswith("was born in")} - {p for p, _ in without.recalled}
+    assert len(people) == 6
+    for prompt in people:
+        person = prompt.removesuffix(birthplace.format(""))
+        assert any(sentence.startswith(country.format(person)) for sentence in added)
+
+
+def test_what_the_model_is_never_told_is_counted_on_its_own(small_world):
+    facts, known = world._Facts(SMALL), json.loads((small_world.folder / "world.json").read_text())
+    assert not {f"{prompt} {answer}." for prompt, answer in facts.untold} & set(facts.sentences)
+    asked = {q["prompt"] for edit in facts.edits for kind in edit["portability"].values() for q in kind}
+    assert asked <= {prompt for prompt, _ in facts.untold}
+    assert 0 <= known["worked_out"] < known["recall"]
+
+
 def test_a_built_world_is_found_again_and_another_recipe_is_another_world(small_world, monkeypatch):
     monkeypatch.setattr(world, "_train_model", None)  # would be called to build one
     assert world.build(SMALL).folder == small_world.folder
