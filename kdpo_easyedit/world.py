@@ -231,17 +231,16 @@ class _Facts:
         # One fact a person is never edited: two in five a birthplace, two an employer, one a profession.
         kept = dict(zip(facts, ("birthplace", "employer", "birthplace", "employer", "profession") * recipe.people))
 
-        self.recalled = [
-            (wording.format(person), value)
-            for person, relations in facts.items()
-            for relation, value in relations.items()
-            for wording in _WORDINGS[relation]
-        ]
-        told = [
-            (wording.format(person), follows[facts[person][relation]])
-            for person, relation in kept.items()
-            for wording in _FOLLOWS.get(relation, ())
-        ]
+        def said(person: str, relation: str, value: str) -> list[tuple[str, str]]:
+            return [(wording.format(person), value) for wording in _WORDINGS[relation]]
+
+        def following(person: str, relation: str, value: str) -> list[tuple[str, str]]:
+            return [(wording.format(person), follows[value]) for wording in _FOLLOWS.get(relation, ())]
+
+        editable = [(p, r) for p, relations in facts.items() for r in relations if r != kept[p]]
+        self.recalled = [fact for p, relations in facts.items() for r, value in relations.items() for fact in said(p, r, value)]
+        self.untold = [fact for p, r in editable for fact in following(p, r, facts[p][r])]
+        told = [fact for p, r in kept.items() for fact in following(p, r, facts[p][r])]
         parts = [
             (wording.format(value), follows[value])
             for relation, wordings in _PARTS.items()
@@ -278,22 +277,14 @@ class _Facts:
                 record["portability"] = {"Reasoning": [{"prompt": asked, "ground_truth": follows[new]}]}
             return record
 
-        self.untold = [
-            (wording.format(person), follows[facts[person][relation]])
-            for person in facts
-            for relation, wordings in _FOLLOWS.items()
-            if relation != kept[person]
-            for wording in wordings
-        ]
-        editable = [(p, r) for p, relations in facts.items() for r in relations if r != kept[p]]
         rng.shuffle(editable)
         self.edits = [edit(person, relation) for person, relation in editable]
 
         for witness in names.people(recipe.witnesses):
-            for relation, wordings in _FOLLOWS.items():
+            for relation in _FOLLOWS:
                 value = rng.choice(values[relation])
-                self.recalled += [(wording.format(witness), value) for wording in _WORDINGS[relation]]
-                told += [(wording.format(witness), follows[value]) for wording in wordings]
+                self.recalled += said(witness, relation, value)
+                told += following(witness, relation, value)
         self.sentences = [f"{prompt} {answer}." for prompt, answer in (*self.recalled, *told, *parts)]
 
     def passages(self, rng: random.Random, length: int = 5) -> list[str]:

@@ -349,7 +349,7 @@ def test_prompts_of_a_wrapper_are_measured_as_if_each_were_alone(small_world, re
 @pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
 def test_grace_learns_an_edit_that_an_earlier_value_serves(requests, fresh):
     hparams = load_hparams("GRACE", "world")
-    hparams.model_name, hparams.sequential_edit, hparams.n_iter = fresh, True, 1
+    hparams.model_name, hparams.sequential_edit = fresh, True
     editor = host.BaseEditor(hparams)
     model, losses = host.model_to_edit(editor, editor.model), []
     for n_iter in (1, 20, 1):
