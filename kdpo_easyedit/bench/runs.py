@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import whole
+from ..files import whole
 
 #: What a run writes, and so what ``overwrite`` removes.
 _OURS = (

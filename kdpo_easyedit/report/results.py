@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .comparison import Comparison, Metrics, PairedTest, Summary, paired_tests, per_edit, summarise
-from .runs import RunError, RunFolder, differences
+from ..bench.measuring import per_edit, summarise
+from ..bench.protocols import Comparison
+from ..bench.runs import RunError, RunFolder, differences
+from ..bench.schema import EditMetrics, PairedTest, Row, Summary, from_json
+from ..bench.significance import paired_tests
 
 Key = tuple[str, str]
 
@@ -30,7 +33,7 @@ class Results:
     model: str
     settings: dict[str, Any]
     comparison: Comparison
-    metrics: dict[Key, list[Metrics]]
+    metrics: dict[Key, list[EditMetrics]]
     traces: dict[Key, list[dict[str, Any]]]
     hparams: dict[str, dict[str, Any]]
     easyedit: list[dict[str, Any]]
@@ -61,20 +64,19 @@ def _read(folder: Path) -> Results:
     record = run.read("run.json")
     if record is None:
         raise RunError(f"{folder}: holds no run; name a folder that --metrics_save_dir has named")
-    rows, tests = run.read("summary.json") or [], run.read("tests.json")
-    keys = [(row["method"], row["protocol"]) for row in rows]
-    metrics = {(method, protocol): run.read(f"metrics-{method}-{protocol}.json") for method, protocol in keys}
+    rows, tests = _rows(run, Summary, "summary.json") or [], _rows(run, PairedTest, "tests.json")
+    keys = [(row.method, row.protocol) for row in rows]
+    metrics = {key: _rows(run, EditMetrics, "metrics-{}-{}.json".format(*key)) or [] for key in keys}
     traces = {(method, protocol): run.journal(f"{method}-{protocol}.jsonl").entries for method, protocol in keys}
     whole = "about" in record and len(rows) == len(record["methods"]) * len(record["protocols"])
-    if not whole or tests is None or any(len(of or ()) != len(traces[key]) for key, of in metrics.items()):
+    if not whole or tests is None or any(len(of) != len(traces[key]) for key, of in metrics.items()):
         raise RunError(f"{folder}: the run is not complete; its own command goes on with it")
-    before = [{"pre": entry["pre"]} for entry in metrics[keys[0]]]
     comparison = Comparison(
-        before=summarise("(before)", "", before, "pre"),
-        rows=[Summary(**row) for row in rows],
+        before=summarise("(before)", "", metrics[keys[0]], "pre"),
+        rows=rows,
         examples=[],
-        curve=[Summary(**row) for row in run.read("curve.json") or []],
-        tests=[PairedTest(**test) for test in tests],
+        curve=_rows(run, Summary, "curve.json") or [],
+        tests=tests,
     )
     hparams = next(iter(record["methods"].values()))
     loading = {key: hparams.get(key, False) for key in ("device", "fp16", "model_parallel")}
@@ -95,6 +97,14 @@ def _read(folder: Path) -> Results:
         hparams=record["methods"],
         easyedit=run.read("easyedit-summary.json") or [],
     )
+
+
+def _rows(run: RunFolder, cls: type[Row], name: str) -> list[Row] | None:
+    content = run.read(name)
+    try:
+        return None if content is None else from_json(cls, content)
+    except ValueError as error:
+        raise RunError(f"{run.path / name}: {error}") from None
 
 
 def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
