@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .devices import device_name
+
 HOW_TO_GET_IT = (
     "EasyEdit is not here. Two ways to get it: `pip install --no-deps easyeditor==0.0.1.dev0`, or "
     "`git clone https://github.com/zjunlp/EasyEdit` with EASYEDIT_HOME set to the clone."
@@ -63,11 +65,6 @@ def is_release() -> bool:
 def is_easyedit(module_name: str) -> bool:
     """Whether a module is one of EasyEdit's."""
     return module_name.partition(".")[0] == "easyeditor"
-
-
-def device_name(value: Any) -> str:
-    """What stands for ``f"cuda:{value}"`` in the release: a number is a CUDA device, everything else names itself."""
-    return f"cuda:{value}" if str(value).isdigit() else str(value)
 
 
 def _register() -> None:

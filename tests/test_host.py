@@ -19,6 +19,7 @@ from transformers import GPT2Tokenizer
 
 import kdpo_easyedit
 from kdpo_easyedit import KDPOHyperParams, plugin
+from kdpo_easyedit.devices import device_name
 from kdpo_easyedit.easyedit import host
 from kdpo_easyedit.easyedit import methods as algorithms
 from kdpo_easyedit.easyedit.hparams import load_hparams
@@ -274,7 +275,7 @@ def test_an_installed_package_is_never_shadowed():
 
 @pytest.mark.parametrize(("device", "expected"), [(0, "cuda:0"), ("1", "cuda:1"), ("cpu", "cpu"), ("mps", "mps")])
 def test_a_device_is_what_it_says(device, expected):
-    assert plugin.device_name(device) == expected
+    assert device_name(device) == expected
 
 
 @pytest.mark.skipif(not host.IS_RELEASE, reason="main has devices of its own")

@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
+from ..devices import synchronize
 from ..method.config import KDPOHyperParams
 from ..method.kdpo import execute, execute_kdpo
 from ..method.kdpo_c import Usage
@@ -263,10 +264,7 @@ def _numbers(text: str) -> dict[str, list[int]]:
 
 def _now() -> float:
     """Seconds, once the device has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    if torch.backends.mps.is_available():
-        torch.mps.synchronize()
+    synchronize()
     return time.perf_counter()
 
 

@@ -15,7 +15,7 @@ from ..easyedit.measuring import edit_quality
 from ..method.preference import edit_tokens, teacher_forced_negatives
 from .datasets import DatasetError, Request
 from .schema import MEASURES, EditMetrics, Metrics, Summary
-from .significance import interval
+from .significance import mean_interval, share_interval
 
 
 def measure(editor: Any, model: Any, request: Request, seed: int) -> Metrics:
@@ -75,8 +75,11 @@ def summarise(method: str, protocol: str, metrics: Sequence[EditMetrics], phase:
     # What a first edit loads once, and keeps, is no part of what an edit takes.
     centre = {key: np.median if key == "megabytes_per_edit" else np.mean for key in values}
     means = {key: round(float(centre[key](found)), 4) if found else None for key, found in values.items()}
-    intervals = {key: interval(found) for key, found in values.items() if len(found) > 1 and key in MEASURES}
-    return Summary(method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, **means)
+    intervals = {
+        key: (mean_interval if key == "fluency" else share_interval)(values[key]) for key in MEASURES if len(values[key]) > 1
+    }
+    failed = sum(entry.error is not None for entry in metrics) if phase == "post" else 0
+    return Summary(method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, failed=failed, **means)
 
 
 def token_accuracy(model: Any, tok: Any, request: Request) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import platform
 import re
 import sys
@@ -25,6 +26,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from ..devices import device_name, synchronize
 from ..easyedit import host
 from ..easyedit import methods as algorithms
 from ..easyedit.loading import check_device, in_place
@@ -42,6 +44,8 @@ from .runs import RunFolder
 from .schema import SEQUENTIAL, SINGLE, EditMetrics, PairedTest, Summary, from_json, to_json
 from .significance import paired_tests
 from .versions import versions
+
+LOG = logging.getLogger(__name__)
 
 Bar = Callable[..., Any]
 
@@ -198,6 +202,9 @@ def check(
     Raises:
         HostError: it cannot.
     """
+    names = [method.name for method in methods]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise host.HostError(f"editing_method names {twice!r} twice; name each method once")
     for method in methods:
         algorithms.check_method(method.hparams, SEQUENTIAL in protocols)
         if (save_edits or save_model) and not algorithms.edits_weights(method.hparams):
@@ -230,7 +237,7 @@ def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[EditMetrics],
     journal = run.journal(f"{name}-{SINGLE}.jsonl")
     with bar(total=len(before), initial=len(journal.entries), desc=f"{name}, single edits") as progress:
         for entry in before[len(journal.entries) :]:
-            edit = timed_edit(editor, editor.model, entry.requested_rewrite, seed)
+            edit = _tried(editor, editor.model, entry.requested_rewrite, seed)
             try:
                 post = measure_after(editor, edit.model, entry, seed)
             finally:
@@ -239,7 +246,7 @@ def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[EditMetrics],
             progress.set_postfix_str(_running(journal.entries), refresh=False)
             progress.update()
     metrics = [
-        replace(entry, **{key: done.get(key) for key in ("time", "memory", "post")})
+        replace(entry, **{key: done.get(key) for key in ("time", "memory", "post", "error")})
         for entry, done in zip(before, journal.entries)
     ]
     run.write(f"metrics-{name}-{SINGLE}.json", to_json(metrics))
@@ -309,7 +316,7 @@ def _edit_in_sequence(
         with bar(total=len(before), initial=finished, desc=f"{name}, sequential edits") as progress:
             for checkpoint in checkpoints:
                 for entry in before[len(journal.entries) : checkpoint]:
-                    edit = timed_edit(editor, edited, entry.requested_rewrite, seed + len(journal.entries))
+                    edit = _tried(editor, edited, entry.requested_rewrite, seed + len(journal.entries))
                     edited, originals = edit.model, edit.originals | originals
                     journal.append({"time": edit.seconds, **edit.trace})
                     progress.set_postfix_str(_running(journal.entries), refresh=False)
@@ -333,7 +340,7 @@ def _edit_in_sequence(
                     pairs = zip(before[:checkpoint], journal.entries)
                     for entry, done in bar(pairs, total=checkpoint, desc=described, leave=last):
                         post = measure_after(editor, edited, entry, seed)
-                        metrics.append(replace(entry, time=done["time"], memory=done.get("memory"), post=post))
+                        metrics.append(replace(entry, post=post, **{key: done.get(key) for key in ("time", "memory", "error")}))
                     run.write(file, to_json(metrics))
                 rows.append(summarise(name, SEQUENTIAL, metrics, "post"))
         if save_edits:
@@ -359,10 +366,12 @@ def _save_model(model: Any, folder: Path) -> None:
 
 def _running(entries: Sequence[dict[str, Any]]) -> str:
     """What a progress bar says of the edits so far."""
-    said = [e["final_token_accuracy"] for e in entries]
+    said = [e["final_token_accuracy"] for e in entries if "error" not in e]
     steps = [e["steps"] for e in entries if "steps" in e]
     words = [f"edit success {np.mean(said):.0%}"] if said else []
-    return ", ".join(words + ([f"{np.mean(steps):.1f} steps an edit"] if steps else []))
+    words += [f"{np.mean(steps):.1f} steps an edit"] if steps else []
+    failed = sum("error" in e for e in entries)
+    return ", ".join(words + ([f"{failed} failed"] if failed else []))
 
 
 @dataclass(frozen=True)
@@ -371,8 +380,22 @@ class Edit:
 
     model: Any
     originals: dict[str, torch.Tensor]
-    seconds: float
+    seconds: float | None
     trace: dict[str, Any]
+
+
+def _tried(editor: Any, model: Any, request: Request, seed: int) -> Edit:
+    """:func:`timed_edit`; where the edit cannot be made (no memory, a prompt too long, no finite loss), the model as it was."""
+    try:
+        return timed_edit(editor, model, request, seed)
+    except (host.HostError, HParamsError):  # so it would be with every edit, and the message says what to do
+        raise
+    except Exception as error:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        LOG.warning("%s could not edit %r: %s", editor.hparams.alg_name, request["prompt"], reason)
+        return Edit(model, {}, None, {"error": reason})
 
 
 def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
@@ -381,10 +404,10 @@ def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
     traces: list[EditTrace] = []
     model = algorithms.model_to_edit(editor, model)
     peak = PeakMemory(editor.device)
+    synchronize()
     started = time.perf_counter()
     edited, originals = algorithms.apply_edit(editor, model, request, traces)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     seconds = time.perf_counter() - started
     trace: dict[str, Any] = {"memory": peak.bytes()}
     if traces:
@@ -429,7 +452,7 @@ def _powers_of_ten(end: int) -> list[int]:
 
 def _machine(device: Any) -> str:
     """What runs the edits, in words: their seconds hang on it."""
-    name = torch.device(device if not str(device).isdigit() else f"cuda:{device}")
+    name = torch.device(device_name(device))
     if name.type == "cuda":
         return torch.cuda.get_device_name(name)
     return f"{name.type} of {platform.machine()}, threads: {torch.get_num_threads()}"

@@ -29,6 +29,7 @@ class EditMetrics:
         post: the same of the edited one.
         time: seconds that the edit took.
         memory: bytes that it took beyond what was taken before; None where that cannot be measured.
+        error: why the edit could not be made, where it could not; ``post`` is then of the model as it was before.
     """
 
     case_id: int
@@ -37,6 +38,7 @@ class EditMetrics:
     post: Metrics = field(default_factory=dict)
     time: float | None = None
     memory: int | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Summary:
         seconds_per_edit: wall-clock time of the edits alone.
         megabytes_per_edit: the most memory that an edit takes beyond what was taken before it, the median over the edits; None
             where it cannot be measured (see :class:`kdpo_easyedit.peak.PeakMemory`).
-        intervals: 95 % confidence intervals of the measures, by bootstrap over the edits.
+        intervals: 95 % confidence intervals of the measures (:func:`kdpo_easyedit.bench.significance.interval`).
+        failed: how many edits could not be made; they count as the model stands without them.
     """
 
     method: str
@@ -67,6 +70,7 @@ class Summary:
     seconds_per_edit: float | None
     megabytes_per_edit: float | None
     intervals: dict[str, list[float]]
+    failed: int = 0
 
 
 @dataclass(frozen=True)

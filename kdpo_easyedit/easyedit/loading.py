@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ..devices import device_name
 from ..models import world
-from ..plugin import device_name
 from .host import ALG_DICT, EDITOR_LOG, BaseEditor, HostError, submodule
 from .hparams import filled_in
 from .statistics import build_world

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..devices import device_name
 from .families import family_of
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -161,7 +162,7 @@ def _device(value: Any) -> int | str:
     try:
         if not isinstance(value, (int, str)) or isinstance(value, bool):
             raise RuntimeError
-        torch.device(f"cuda:{value}" if isinstance(value, int) else value)
+        torch.device(device_name(value))
     except RuntimeError:
         raise ValueError("a CUDA device's number, or 'cpu', 'cuda', 'cuda:1', 'mps'") from None
     return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..bench.schema import EditMetrics, Metrics
+from ..files import json_text
 from .results import Results
 from .tables import COLUMNS, NOTES, PROTOCOLS, Cell, short_name, significance, tables, title
 
@@ -25,7 +25,7 @@ def page(results: Sequence[Results]) -> str:
         "results": [_content(result) for result in results],
     }
     # Nothing in a text can end the element that holds it.
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=float).replace("<", "\\u003c")
+    data = json_text(content, separators=(",", ":"), default=float).replace("<", "\\u003c")
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     before, after = template.split("{data}")
     return before + data + after

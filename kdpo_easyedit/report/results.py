@@ -114,9 +114,10 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
         return first
     named = [method for _, run in runs for method in run.hparams]
     joined = Results(first.model, first.settings, Comparison(first.comparison.before, [], [], []), {}, {}, {}, [])
-    for folder, run in runs:
+    labels = _labels([folder for folder, _ in runs])
+    for (folder, run), label in zip(runs, labels):
         _refuse(first_folder, folder, first.settings, run.settings, "")
-        names = {method: method if named.count(method) == 1 else f"{method} ({folder.name})" for method in run.hparams}
+        names = {method: method if named.count(method) == 1 else f"{method} ({label})" for method in run.hparams}
         joined.comparison.rows += [replace(row, method=names[row.method]) for row in run.comparison.rows]
         joined.comparison.curve += [replace(row, method=names[row.method]) for row in run.comparison.curve]
         joined.metrics |= {(names[method], protocol): of for (method, protocol), of in run.metrics.items()}
@@ -125,6 +126,13 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
         joined.easyedit += [row | {"method": names[row["method"]]} for row in run.easyedit]
     joined.comparison.tests = paired_tests({key: per_edit(metrics, "post") for key, metrics in joined.metrics.items()})
     return joined
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """As much of the end of each folder's path as tells them all apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    depth = next(n for n in range(1, 1 + max(map(len, parts))) if len({of[-n:] for of in parts}) == len(parts))
+    return ["/".join(of[-depth:]) for of in parts]
 
 
 def _refuse(one_folder: Path, other_folder: Path, one: Any, other: Any, where: str) -> None:

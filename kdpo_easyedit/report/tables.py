@@ -47,7 +47,7 @@ COLUMNS = {
 }
 #: What has to be said of the columns.
 NOTES = (
-    "In percent, with 95 % confidence intervals (bootstrap over the edits); the best in bold.",
+    "In percent, with 95 % confidence intervals (Wilson's over the edits; of fluency by bootstrap); the best in bold.",
     "forced: the share of the target's tokens that the model says under teacher forcing; written: how often it writes the "
     "target on its own.",
     "fluency: n-gram entropy. (before): the unedited model on the same prompts.",
