@@ -127,4 +127,4 @@ def _joined(text: str, unit: regex.Match[str], after: regex.Match[str] | None) -
         return first.islower() or (before.isdigit() and first.isdigit())
     if gap in (":", ","):
         return before.isdigit() and first.isdigit()
-    return _JOINING.fullmatch(gap) is not None and "symbols" != after.lastgroup
+    return _JOINING.fullmatch(gap) is not None and after.lastgroup != "symbols"

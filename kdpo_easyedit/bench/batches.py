@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..suffix import _by_onednn, forward_as
+from ..method.replay import by_onednn, forward_as
 
 Result = TypeVar("Result")
 
@@ -117,7 +117,7 @@ def running(model: Any, batching: Batching) -> Iterator[None]:
         if not batching.one_by_one:
             for module in network(model).modules():
                 if type(module) is nn.Linear and "forward" not in vars(module):  # accelerate keeps a forward there
-                    stack.enter_context(forward_as(module, _by_onednn(module)))
+                    stack.enter_context(forward_as(module, by_onednn(module)))
         yield
 
 

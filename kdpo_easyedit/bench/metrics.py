@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..preference import edit_tokens
-from .batches import Batching, context_length, in_batches, logits_at, network, prompt_tokens, running
+from ..method.preference import edit_tokens
+from .batches import Batching, in_batches, logits_at, network, prompt_tokens, running
 from .writing import write_on
 
 Metrics = dict[str, Any]
@@ -146,9 +146,7 @@ def _asked(request: Request, old_answers: bool) -> dict[tuple[str, str], list[tu
     return asked
 
 
-def teacher_forced(
-    model: Any, tok: Any, pairs: Sequence[tuple[str, str]], batching: Batching = Batching()
-) -> list[Said]:
+def teacher_forced(model: Any, tok: Any, pairs: Sequence[tuple[str, str]], batching: Batching = Batching()) -> list[Said]:
     """What a model says of answers to prompts.
 
     Args:
@@ -251,7 +249,8 @@ def written_for_fluency(
 
     written = write_on(model, ids, [FLUENCY_TOKENS] * len(ids), draw, lambda _row, _tokens: False, batching)
     return [
-        unicodedata.normalize("NFKD", tok.decode(text.tokens, skip_special_tokens=True)).replace("\n\n", " ") for text in written
+        unicodedata.normalize("NFKD", tok.decode(text.tokens, skip_special_tokens=True)).replace("\n\n", " ")
+        for text in written
     ]
 
 

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .batches import Batching, MetricsError, context_length, in_batches, logits_at, network, prompt_tokens, running, takes_positions
+from .batches import (
+    Batching,
+    MetricsError,
+    context_length,
+    in_batches,
+    logits_at,
+    network,
+    prompt_tokens,
+    running,
+    takes_positions,
+)
 
 #: How an answer is asked for: by the prompt as it is, by a question and answer pair, by the model's chat template.
 CONTEXTS = ("plain", "qa", "chat")
@@ -81,7 +91,9 @@ def write_answers(
     def has_ended(number: int, tokens: list[int]) -> bool:
         return _end(decoded(tokens), targets[number]) is not None
 
-    texts = write_on(model, inputs, rooms, lambda _rows, _step, logits: logits.argmax(-1), has_ended, batching, _end_tokens(model, tok))
+    texts = write_on(
+        model, inputs, rooms, lambda _rows, _step, logits: logits.argmax(-1), has_ended, batching, _end_tokens(model, tok)
+    )
     answers = []
     for text, target in zip(texts, targets):
         words = decoded(text.tokens)
