@@ -221,13 +221,14 @@ def test_covariance_statistics_are_those_of_the_worlds_text(small_world, loaded)
 # A bare machine.
 
 
-def test_without_easyedit_the_two_ways_to_get_it_are_told(tmp_path):
+def test_without_easyedit_the_package_works_and_the_bench_says_how_to_get_it(tmp_path):
     blocked = "import sys; sys.modules.pop('easyeditor', None); import importlib.util as u; f = u.find_spec\n"
     blocked += "u.find_spec = lambda name, *a: None if name == 'easyeditor' else f(name, *a)\nimport kdpo_easyedit"
-    result = python(blocked, EASYEDIT_HOME="")
+    assert python(blocked, EASYEDIT_HOME="").returncode == 0
+    result = python(blocked + "\nimport kdpo_easyedit.easyedit", EASYEDIT_HOME="")
     assert "ImportError: EasyEdit is not here. Two ways to get it: `pip install --no-deps easyeditor" in result.stderr
     assert "git clone https://github.com/zjunlp/EasyEdit" in result.stderr
-    result = python("import kdpo_easyedit", EASYEDIT_HOME=str(tmp_path))
+    result = python("import kdpo_easyedit, easyeditor", EASYEDIT_HOME=str(tmp_path))
     assert f"EASYEDIT_HOME is '{tmp_path}', which has no easyeditor/ in it" in result.stderr
 
 

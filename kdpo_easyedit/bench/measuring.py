@@ -82,6 +82,15 @@ def summarise(method: str, protocol: str, metrics: Sequence[EditMetrics], phase:
     return Summary(method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, failed=failed, **means)
 
 
+def retention(metrics: Sequence[EditMetrics], parts: int = 10) -> list[float]:
+    """Edit success in percent by age, measured when all edits of a sequence were made: the mean of each tenth, oldest first.
+
+    Empty where there are fewer edits than parts.
+    """
+    success = [np.mean(entry.post["rewrite_acc"]) for entry in metrics]
+    return [round(100 * float(np.mean(part)), 2) for part in np.array_split(success, parts)] if len(success) >= parts else []
+
+
 def token_accuracy(model: Any, tok: Any, request: Request) -> float:
     """The share of the target's tokens that the model says under teacher forcing."""
     logits, targets = _target_logits(model, tok, request)

@@ -10,12 +10,13 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import platform
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -318,7 +319,7 @@ def _edit_in_sequence(
                 for entry in before[len(journal.entries) : checkpoint]:
                     edit = _tried(editor, edited, entry.requested_rewrite, seed + len(journal.entries))
                     edited, originals = edit.model, edit.originals | originals
-                    journal.append({"time": edit.seconds, **edit.trace})
+                    journal.append({"time": edit.seconds, **edit.trace, **_norms(edited, originals)})
                     progress.set_postfix_str(_running(journal.entries), refresh=False)
                     progress.update()
                     made = len(journal.entries)
@@ -351,6 +352,20 @@ def _edit_in_sequence(
     finally:
         algorithms.undo_edits(editor, originals)
     return rows
+
+
+def _norms(model: Any, originals: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The Frobenius norm of the edited weights, and that of their change so far over the norm that they began with."""
+    if not originals:
+        return {}
+    now = read(model, originals)
+
+    def norm(tensors: Iterable[torch.Tensor]) -> float:
+        return math.hypot(*(tensor.float().norm().item() for tensor in tensors))
+
+    before = norm(originals.values())
+    changes = (now[name].float() - original.to(now[name].device).float() for name, original in originals.items())
+    return {"weight_norm": norm(now.values()), "change_norm": norm(changes) / before}
 
 
 def _save_model(model: Any, folder: Path) -> None:
