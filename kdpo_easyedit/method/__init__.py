@@ -1,0 +1,1 @@
+"""The method: KDPO and KDPO+C. Knows nothing of EasyEdit, benchmark files or tables."""
