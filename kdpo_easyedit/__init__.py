@@ -1,14 +1,15 @@
 """KDPO, knowledge editing by preference optimisation (arXiv 2406.09920), as a method of EasyEdit.
 
-Importing this package finds EasyEdit and registers the method: ``editing_method=KDPO`` then works as any other.
+Importing this package registers the method wherever EasyEdit is imported, before or after: ``editing_method=KDPO`` then works
+as any other. Without EasyEdit, everything here works but the comparison with its methods.
 """
 
+from . import plugin
 from .edits import EditsError, apply_edits, edits_applied, revert_edits, save_edits
-from .host import build_world, register
-from .hparams import HParamsError, KDPOHyperParams
-from .kdpo_main import EditTrace, apply_kdpo_to_model, execute_kdpo
+from .method.config import HParamsError, KDPOHyperParams
+from .method.kdpo import EditTrace, apply_kdpo_to_model, execute_kdpo
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EditTrace",
     "EditsError",
@@ -16,11 +17,10 @@ __all__ = [
     "KDPOHyperParams",
     "apply_edits",
     "apply_kdpo_to_model",
-    "build_world",
     "edits_applied",
     "execute_kdpo",
     "revert_edits",
     "save_edits",
 ]
 
-register(KDPOHyperParams, apply_kdpo_to_model)
+plugin.install()

@@ -18,10 +18,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import kdpo_easyedit
-from kdpo_easyedit import KDPOHyperParams, benchmark, build_world, datasets
-from kdpo_easyedit.comparison import Summary
-from kdpo_easyedit.world import Recipe, World
+from kdpo_easyedit import KDPOHyperParams
+from kdpo_easyedit.bench import datasets
+from kdpo_easyedit.bench.schema import Summary
+from kdpo_easyedit.easyedit import host
+from kdpo_easyedit.easyedit.statistics import build_world
+from kdpo_easyedit.models.world import Recipe, World
 
 REFERENCE = Path(__file__).parent / "reference"
 ROOT = Path(__file__).parent.parent
@@ -39,7 +41,6 @@ SMALL = Recipe(
     matrix_lr=0.02,
     other_lr=0.01,
 )
-LLAMA_MODULES, GPT2_MODULES = benchmark.MODULES
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +70,7 @@ def fresh(small_world):
 @pytest.fixture
 def hparams(small_world) -> KDPOHyperParams:
     """KDPO for the small world."""
-    return KDPOHyperParams(
-        alg_name="KDPO", model_name=str(small_world.folder), device="cpu", layers=[3], lr=3e-3, **GPT2_MODULES
-    )
+    return KDPOHyperParams(alg_name="KDPO", model_name=str(small_world.folder), device="cpu", layers=[3], lr=3e-3)
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -110,4 +109,4 @@ def interrupt_second_write(monkeypatch) -> list[torch.Tensor]:
 
 def on_main() -> bool:
     """Whether the host is EasyEdit's main branch."""
-    return not kdpo_easyedit.host.IS_RELEASE
+    return not host.IS_RELEASE

@@ -6,7 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from kdpo_easyedit import benchmark
+from kdpo_easyedit.bench import benchmark
+from kdpo_easyedit.cli.benchmark import print_result
+from kdpo_easyedit.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_a_models_weights_are_as_they_were():
 
 
 def test_the_command_prints_ratios_memory_and_the_floor(small_world, capsys):
-    benchmark.main(["--model", str(small_world.folder), "--steps", "2", "--repeats", "1"])
+    main(["benchmark", "--model", str(small_world.folder), "--steps", "2", "--repeats", "1"])
     printed = capsys.readouterr().out
     for words in ("layer 3 of 4", "seconds a step", "seconds an edit", "MB beyond the model", "the floor of a step is"):
         assert words in printed
@@ -54,14 +56,14 @@ def test_the_command_prints_ratios_memory_and_the_floor(small_world, capsys):
 def test_a_result_reads_well():
     costs = benchmark.Cost(2.0, 18.0, 2_000_000_000), benchmark.Cost(0.04, 0.6, 60_000_000)
     console = Console(record=True, width=80)
-    benchmark.print_result(benchmark.Result(*costs, 0.01, 1e-7, 10_000_000), console)
+    print_result(benchmark.Result(*costs, 0.01, 1e-7, 10_000_000), console)
     text = console.export_text()
     assert "50.0" in text and "30.0" in text and "33.3" in text and "6.0 × that of W" in text and "4.0 × as long" in text
 
 
 def test_the_cost_of_knowing_what_the_layer_is_used_for(capsys):
     # An edit with KDPO+C steps through the same layers, without W's gradient and Adam on it.
-    benchmark.main(["--mom2", "--repeats", "3"])
+    main(["benchmark", "--mom2", "--repeats", "3"])
     printed = capsys.readouterr().out
     assert "factorising the statistics, once a model" in printed
     model, layer = benchmark.load("small", None, torch.float32, "cpu")

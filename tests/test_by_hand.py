@@ -10,11 +10,13 @@ from conftest import same_state, state
 from rich.console import Console
 
 from kdpo_easyedit import apply_edits
-from kdpo_easyedit.by_hand import Said, edit_by_hand, print_by_hand
-from kdpo_easyedit.comparison import Method, continuation
-from kdpo_easyedit.datasets import DatasetError
-from kdpo_easyedit.hparams import load_hparams
-from kdpo_easyedit.kdpo_main import execute_kdpo
+from kdpo_easyedit.bench.by_hand import Said, edit_by_hand
+from kdpo_easyedit.bench.datasets import DatasetError
+from kdpo_easyedit.bench.measuring import continuation
+from kdpo_easyedit.bench.protocols import Method
+from kdpo_easyedit.easyedit.hparams import load_hparams
+from kdpo_easyedit.method.kdpo import execute_kdpo
+from kdpo_easyedit.report.by_hand import print_by_hand
 
 
 @pytest.fixture(scope="module")

@@ -14,22 +14,18 @@ from conftest import ROOT, on_main, same_state, state, uncosted
 from safetensors.torch import load_file
 from test_host import arguments
 
-from kdpo_easyedit import host
-from kdpo_easyedit.comparison import (
-    MEASURES,
-    SEQUENTIAL,
-    SINGLE,
-    Method,
-    ablation,
-    answers,
-    compare,
-    continuation,
-    paired_tests,
-    per_edit,
-    summarise,
-)
-from kdpo_easyedit.datasets import DatasetError
-from kdpo_easyedit.hparams import HParamsError, load_hparams
+from kdpo_easyedit import HParamsError
+from kdpo_easyedit.bench import measuring
+from kdpo_easyedit.bench.datasets import DatasetError
+from kdpo_easyedit.bench.measuring import answers, continuation, per_edit, summarise
+from kdpo_easyedit.bench.protocols import Method, ablation, compare
+from kdpo_easyedit.bench.schema import MEASURES, SEQUENTIAL, SINGLE, EditMetrics, from_json
+from kdpo_easyedit.bench.significance import paired_tests
+from kdpo_easyedit.easyedit import host
+from kdpo_easyedit.easyedit import methods as algorithms
+from kdpo_easyedit.easyedit.hparams import load_hparams
+from kdpo_easyedit.easyedit.loading import in_place
+from kdpo_easyedit.easyedit.measuring import edit_quality, own_summary
 
 N = 3
 
@@ -99,10 +95,10 @@ def test_single_edits_are_measured_as_base_editor_does(run, methods, requests, m
 
 
 def test_sequential_edits_are_measured_on_the_final_model(run, methods, requests):
-    editor = host.BaseEditor(host.in_place(methods[1].hparams))
+    editor = host.BaseEditor(in_place(methods[1].hparams))
     for request in requests[:N]:
-        host.apply_edit(editor, editor.model, request)
-    expected = [host.edit_quality(editor, editor.model, request, fluency=False) for request in requests[:N]]
+        algorithms.apply_edit(editor, editor.model, request)
+    expected = [edit_quality(editor, editor.model, request, fluency=False) for request in requests[:N]]
     ours = json.loads((run[1] / "metrics-FT-sequential.json").read_text())
     for mine, other in zip(ours, expected):
         assert mine["post"]["rewrite_acc"] == pytest.approx(other["rewrite_acc"])
@@ -132,16 +128,16 @@ def test_the_same_seed_gives_the_same_figures(run, methods, requests, tmp_path):
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(methods, requests, loaded, tmp_path, monkeypatch):
     model, _ = loaded
     before = state(model)
-    method = Method("KDPO", host.in_place(methods[0].hparams))
+    method = Method("KDPO", in_place(methods[0].hparams))
     method.hparams.model_name = loaded
-    quality = host.edit_quality
+    quality = edit_quality
 
     def failing(editor, edited, request, fluency=True):
         if not same_state(before, state(edited)):
             raise RuntimeError("in the middle")
         return quality(editor, edited, request, fluency)
 
-    monkeypatch.setattr(host, "edit_quality", failing)
+    monkeypatch.setattr(measuring, "edit_quality", failing)
     for protocol in (SINGLE, SEQUENTIAL):
         with pytest.raises(RuntimeError, match="in the middle"):
             compare([method], requests[:2], [protocol], tmp_path / protocol)
@@ -178,7 +174,7 @@ def test_paths_in_a_yaml_are_meant_from_where_the_command_is_given(methods, requ
 
 
 def test_methods_on_different_models_are_refused(methods, requests, tmp_path):
-    other = host.in_place(methods[1].hparams)
+    other = in_place(methods[1].hparams)
     other.model_name = "another"
     with pytest.raises(host.HostError, match="different models"):
         compare([methods[0], Method("FT", other)], requests[:1], [SINGLE], tmp_path)
@@ -186,16 +182,14 @@ def test_methods_on_different_models_are_refused(methods, requests, tmp_path):
 
 def test_a_summary_is_the_mean_over_edits_of_the_mean_over_prompts():
     def entry(rewrite, locality, portability, seconds, generated):
-        return {
-            "time": seconds,
-            "post": {
-                "rewrite_acc": rewrite,
-                "locality": {"a_acc": locality[:1], "b_acc": locality[1:], "a_output": [[1]]},
-                "portability": {"c_acc": portability} if portability else {},
-                "fluency": {"ngram_entropy": 5.0},
-                "generated": {"rewrite": "x", "rewrite_acc": generated},
-            },
+        post = {
+            "rewrite_acc": rewrite,
+            "locality": {"a_acc": locality[:1], "b_acc": locality[1:], "a_output": [[1]]},
+            "portability": {"c_acc": portability} if portability else {},
+            "fluency": {"ngram_entropy": 5.0},
+            "generated": {"rewrite": "x", "rewrite_acc": generated},
         }
+        return EditMetrics(0, {}, {}, post, seconds)
 
     metrics = [entry([1.0], [0.0, 1.0, 1.0], [0.5], 2.0, 1.0), entry([0.5], [1.0], [], 4.0, 0.0)]
     row = summarise("X", SINGLE, metrics, "post")
@@ -209,15 +203,18 @@ def test_intervals_cover_the_mean_as_often_as_they_say():
     rng = np.random.default_rng(0)
     entries = [
         [
-            {
-                "post": {
+            EditMetrics(
+                0,
+                {},
+                {},
+                {
                     "rewrite_acc": [float(rng.random() < 0.7)],
                     "locality": {},
                     "portability": {},
                     "fluency": {"ngram_entropy": 1.0},
                     "generated": {"rewrite_acc": 1.0},
-                }
-            }
+                },
+            )
             for _ in range(60)
         ]
         for _ in range(100)
@@ -269,11 +266,13 @@ def test_a_run_has_its_tests_and_its_memory(run):
     comparison, folder = run
     assert json.loads((folder / "tests.json").read_text()) == [asdict(test) for test in comparison.tests]
     assert len(comparison.tests) == 2 * 3 * len(MEASURES) and {test.against for test in comparison.tests} == {"KDPO"}
-    metrics = json.loads((folder / "metrics-FT-single.json").read_text())
-    kdpo = per_edit(json.loads((folder / "metrics-KDPO-single.json").read_text()), "post")["locality"]
+    metrics, of_kdpo = (
+        from_json(EditMetrics, json.loads((folder / f"metrics-{name}-single.json").read_text())) for name in ("FT", "KDPO")
+    )
+    kdpo = per_edit(of_kdpo, "post")["locality"]
     test = next(t for t in comparison.tests if (t.method, t.protocol, t.measure) == ("FT", SINGLE, "locality"))
     assert test.difference == pytest.approx(np.mean(np.subtract(per_edit(metrics, "post")["locality"], kdpo)), abs=1e-3)
-    memory = [entry["memory"] for entry in metrics]
+    memory = [entry.memory for entry in metrics]
     row = next(row for row in comparison.rows if (row.method, row.protocol) == ("FT", SINGLE))
     expected = None if None in memory else pytest.approx(np.median(memory) / 1e6, abs=1e-3)
     assert row.megabytes_per_edit == expected
@@ -282,7 +281,7 @@ def test_a_run_has_its_tests_and_its_memory(run):
 def test_easyedits_own_summary_is_beside_ours_where_it_has_one(run):
     comparison, folder = run
     if not on_main():
-        assert host.own_summary([{"pre": {}, "post": {}}]) is None and not (folder / "easyedit-summary.json").exists()
+        assert own_summary([{"pre": {}, "post": {}}]) is None and not (folder / "easyedit-summary.json").exists()
         return
     theirs = json.loads((folder / "easyedit-summary.json").read_text())
     assert [(row["method"], row["protocol"]) for row in theirs] == [(row.method, row.protocol) for row in comparison.rows]
@@ -334,10 +333,10 @@ def test_every_checkpoint_is_measured_on_the_model_as_it_stands_then(run, method
     ]
     assert json.loads((folder / "curve.json").read_text()) == [asdict(row) for row in comparison.curve]
     assert [row for row in comparison.curve if row.n_edits == N] == [r for r in comparison.rows if r.protocol == SEQUENTIAL]
-    editor = host.BaseEditor(host.in_place(methods[1].hparams))
-    host.apply_edit(editor, editor.model, requests[0])
+    editor = host.BaseEditor(in_place(methods[1].hparams))
+    algorithms.apply_edit(editor, editor.model, requests[0])
     (entry,) = json.loads((folder / "metrics-FT-sequential-at-1.json").read_text())
-    assert entry["post"]["rewrite_acc"] == host.edit_quality(editor, editor.model, requests[0])["rewrite_acc"]
+    assert entry["post"]["rewrite_acc"] == edit_quality(editor, editor.model, requests[0])["rewrite_acc"]
 
 
 def test_what_the_model_has_no_room_for_is_refused_before_any_work(methods, requests, tmp_path):
@@ -383,7 +382,7 @@ def method_for(name: str, small_world, tmp_path) -> Method:
     config["alg_name"] = {"FT-M": "FT", "KDPO+C": "KDPO"}.get(name, name)
     if "stats_dir" in config:
         config["stats_dir"] = str(small_world.statistics)
-    known = host.hyper_params_class(config["alg_name"]).__dataclass_fields__
+    known = algorithms.hyper_params_class(config["alg_name"]).__dataclass_fields__
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in config.items() if key in known}))
     return Method(name, load_hparams(name, path))
@@ -408,23 +407,23 @@ def test_a_method_edits_and_the_next_one_does_not_see_it(
     name, methods, afterwards, small_world, requests, loaded, tmp_path, monkeypatch
 ):
     """Cut off in the middle it goes on, or starts over, to the same end; what comes after it gets the model as it was."""
-    if name in host._PACKAGES:
-        pytest.importorskip(host._PACKAGES[name])
+    if name in algorithms._PACKAGES:
+        pytest.importorskip(algorithms._PACKAGES[name])
     method = method_for(name, small_world, tmp_path)
-    undo = host.undo_edits
+    undo = algorithms.undo_edits
 
     def undone(editor, originals):
         undo(editor, originals)
-        assert same_state(loaded[0].state_dict(), editor.model.state_dict()) and not host.memory()[1]
+        assert same_state(loaded[0].state_dict(), editor.model.state_dict()) and not algorithms.memory()[1]
 
-    monkeypatch.setattr(host, "undo_edits", undone)
+    monkeypatch.setattr(algorithms, "undo_edits", undone)
     whole = compare([method, methods[1]], requests[:FEW], [SINGLE, SEQUENTIAL], tmp_path / "whole", eval_at=[1])
     assert untimed(row for row in whole.rows if row.method == "FT") == untimed(afterwards)
     single, sequential = (row for row in whole.rows if row.method == name)
     for row in (single, sequential):
         assert row.edit_success > whole.before.edit_success or (name == "KN" and row.locality < 100)
 
-    edit, edits = host.apply_edit, []
+    edit, edits = algorithms.apply_edit, []
 
     def stopping(*arguments):
         edits.append(arguments)
@@ -433,17 +432,17 @@ def test_a_method_edits_and_the_next_one_does_not_see_it(
         return edit(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "apply_edit", stopping)
+        patch.setattr(algorithms, "apply_edit", stopping)
         with pytest.raises(KeyboardInterrupt):
             compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1])
     again = compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1])
     assert untimed(again.rows) == untimed([sequential])
     saved = [folder / f"weights-{name}.safetensors" for folder in (tmp_path / "whole", tmp_path / "cut")]
-    if host.can_resume(method.hparams):
+    if algorithms.can_resume(method.hparams):
         assert same_state(*map(load_file, saved))
     else:
         assert not any(file.exists() for file in saved)
-        monkeypatch.setattr(host, "apply_edit", None)  # nothing is left to do
+        monkeypatch.setattr(algorithms, "apply_edit", None)  # nothing is left to do
         assert untimed(compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1]).rows) == untimed(
             again.rows
         )
@@ -453,14 +452,14 @@ def test_what_lora_lacks_is_told_before_any_work(methods, requests, tmp_path, mo
     hparams = copy.copy(methods[1].hparams)
     hparams.alg_name = "LoRA"
     method = Method("LoRA", hparams)
-    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(algorithms.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(host.HostError, match="pip install peft"):
         compare([method], requests[:1], [SINGLE], tmp_path / "run")
-    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: "here")
-    monkeypatch.setattr(host, "IS_RELEASE", True)
+    monkeypatch.setattr(algorithms.importlib.util, "find_spec", lambda name: "here")
+    monkeypatch.setattr(algorithms, "IS_RELEASE", True)
     with pytest.raises(host.HostError, match="sequential edits need its main branch"):
         compare([method], requests[:1], [SEQUENTIAL], tmp_path / "run")
-    monkeypatch.setattr(host, "IS_RELEASE", False)
+    monkeypatch.setattr(algorithms, "IS_RELEASE", False)
     with pytest.raises(host.HostError, match="LoRA changes none"):
         compare([method], requests[:1], [SEQUENTIAL], tmp_path / "run", save_edits=tmp_path / "x")
     assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kdpo_easyedit.datasets import DatasetError, load_requests
+from kdpo_easyedit.bench.datasets import DatasetError, load_requests
 
 ZSRE = {
     "subject": "Lake Ilmen",

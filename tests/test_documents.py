@@ -6,20 +6,19 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, on_main
+from conftest import on_main
 
-from kdpo_easyedit.comparison import SEQUENTIAL, SINGLE, Method, compare
-from kdpo_easyedit.documents import COLUMNS, markdown, page, write_documents
-from kdpo_easyedit.hparams import load_hparams
-from kdpo_easyedit.results import read_results
-from kdpo_easyedit.runs import RunError
-
-sys.path.insert(0, str(ROOT))
-import run_kdpo
+from kdpo_easyedit.bench.protocols import Method, compare
+from kdpo_easyedit.bench.runs import RunError
+from kdpo_easyedit.bench.schema import SEQUENTIAL, SINGLE
+from kdpo_easyedit.cli.main import main
+from kdpo_easyedit.easyedit.hparams import load_hparams
+from kdpo_easyedit.report.documents import markdown, page, write_documents
+from kdpo_easyedit.report.results import read_results
+from kdpo_easyedit.report.tables import COLUMNS
 
 N = 3
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -193,7 +192,7 @@ def test_what_was_measured_differently_is_not_put_side_by_side(make, requests, c
 
 def test_what_is_no_complete_run_is_refused_in_one_line(run, copied, tmp_path, capsys):
     def refused(*arguments: object) -> str:
-        assert run_kdpo.main(["report", *map(str, arguments)]) == 2
+        assert main(["report", *map(str, arguments)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
@@ -211,8 +210,8 @@ def test_what_is_no_complete_run_is_refused_in_one_line(run, copied, tmp_path, c
 
 
 def test_the_command_writes_into_the_runs_folder_or_where_it_is_told(copied, tmp_path, capsys):
-    assert run_kdpo.main(["report", str(copied)]) == 0
+    assert main(["report", str(copied)]) == 0
     assert capsys.readouterr().out.split() == [str(copied / "report.html"), str(copied / "summary.md")]
-    assert run_kdpo.main(["report", str(copied), "--metrics_save_dir", str(tmp_path / "new" / "report"), "--latex"]) == 0
+    assert main(["report", str(copied), "--metrics_save_dir", str(tmp_path / "new" / "report"), "--latex"]) == 0
     written = {path.name for path in (tmp_path / "new" / "report").iterdir()}
     assert written == {"report.html", "summary.md", "summary.tex"}

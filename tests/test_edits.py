@@ -130,7 +130,7 @@ def test_files_of_something_else_are_refused(tmp_path, loaded):
 def test_a_file_is_written_whole_or_not_at_all(fresh, tmp_path, monkeypatch):
     model, _ = fresh
     originals = {W: model.get_parameter(W).detach().clone()}
-    monkeypatch.setattr(kdpo_easyedit.edits, "save_file", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(kdpo_easyedit.edits.file, "save_file", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         save_edits(tmp_path / "x", model, originals)
     assert list(tmp_path.iterdir()) == []
@@ -138,7 +138,7 @@ def test_a_file_is_written_whole_or_not_at_all(fresh, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_saved_half_precision_model_gives_the_same_logits(small_world, loaded, requests, hparams, tmp_path, dtype):
-    from kdpo_easyedit.comparison import _save_model
+    from kdpo_easyedit.bench.protocols import _save_model
 
     model = AutoModelForCausalLM.from_pretrained(small_world.folder, dtype=dtype)
     apply_kdpo_to_model(model, loaded[1], requests[:3], hparams)

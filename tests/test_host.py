@@ -18,8 +18,14 @@ from conftest import on_main, same_state, state
 from transformers import GPT2Tokenizer
 
 import kdpo_easyedit
-from kdpo_easyedit import KDPOHyperParams, host
-from kdpo_easyedit.hparams import load_hparams
+from kdpo_easyedit import KDPOHyperParams, plugin
+from kdpo_easyedit.devices import device_name
+from kdpo_easyedit.easyedit import host
+from kdpo_easyedit.easyedit import methods as algorithms
+from kdpo_easyedit.easyedit.hparams import load_hparams
+from kdpo_easyedit.easyedit.measuring import edit_quality
+from kdpo_easyedit.easyedit.registering import register
+from kdpo_easyedit.easyedit.statistics import statistics_file
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -38,10 +44,9 @@ def test_kdpo_is_registered_and_importing_again_changes_nothing():
     apply, init = host.ALG_DICT["KDPO"], host.BaseEditor.__init__
     assert easyeditor.KDPOHyperParams is KDPOHyperParams
     assert easyeditor.apply_kdpo_to_model is kdpo_easyedit.apply_kdpo_to_model
-    host.register(KDPOHyperParams, kdpo_easyedit.apply_kdpo_to_model)
+    register()
     assert host.BaseEditor.__init__ is init
     assert host.ALG_DICT["KDPO"].__wrapped__ is apply.__wrapped__ if host.IS_RELEASE else host.ALG_DICT["KDPO"] is apply
-    assert issubclass(KDPOHyperParams, importlib.import_module("easyeditor.util.hparams").HyperParams)
 
 
 def arguments(requests: list[dict]) -> dict:
@@ -156,7 +161,7 @@ def test_fluency_needs_no_data_of_nltk(loaded, requests, hparams, monkeypatch):
     assert entropy(["a b c d e f. a b c d e f."]) < entropy(["a b c d e f. g h i j k l."])
     hparams.model_name = loaded
     editor = easyeditor.BaseEditor.from_hparams(hparams)
-    quality = host.edit_quality(editor, editor.model, requests[0])
+    quality = edit_quality(editor, editor.model, requests[0])
     assert 2 < quality["fluency"]["ngram_entropy"] < 8
 
 
@@ -196,7 +201,7 @@ def test_memits_view_of_a_block_is_its_hidden_states(loaded):
 
 def test_covariance_statistics_are_those_of_the_worlds_text(small_world, loaded):
     name = "transformer.h.1.mlp.c_proj"
-    file = host.statistics_file(small_world.statistics, str(small_world.folder), name, "world", 1000)
+    file = statistics_file(small_world.statistics, str(small_world.folder), name, "world", 1000)
     assert file.is_file()
     stats = importlib.import_module("easyeditor.util.runningstats")
     stat = stats.CombinedStat(mom2=stats.SecondMoment())
@@ -216,13 +221,14 @@ def test_covariance_statistics_are_those_of_the_worlds_text(small_world, loaded)
 # A bare machine.
 
 
-def test_without_easyedit_the_two_ways_to_get_it_are_told(tmp_path):
+def test_without_easyedit_the_package_works_and_the_bench_says_how_to_get_it(tmp_path):
     blocked = "import sys; sys.modules.pop('easyeditor', None); import importlib.util as u; f = u.find_spec\n"
     blocked += "u.find_spec = lambda name, *a: None if name == 'easyeditor' else f(name, *a)\nimport kdpo_easyedit"
-    result = python(blocked, EASYEDIT_HOME="")
+    assert python(blocked, EASYEDIT_HOME="").returncode == 0
+    result = python(blocked + "\nimport kdpo_easyedit.easyedit", EASYEDIT_HOME="")
     assert "ImportError: EasyEdit is not here. Two ways to get it: `pip install --no-deps easyeditor" in result.stderr
     assert "git clone https://github.com/zjunlp/EasyEdit" in result.stderr
-    result = python("import kdpo_easyedit", EASYEDIT_HOME=str(tmp_path))
+    result = python("import kdpo_easyedit, easyeditor", EASYEDIT_HOME=str(tmp_path))
     assert f"EASYEDIT_HOME is '{tmp_path}', which has no easyeditor/ in it" in result.stderr
 
 
@@ -245,7 +251,7 @@ except ModuleNotFoundError:
 
 
 def test_a_stand_in_says_what_to_install():
-    absent = host._stand_in("package.module.Thing", "install the package package")
+    absent = plugin.stand_in("package.module.Thing", "install the package package")
 
     class Derived(absent): ...
 
@@ -270,7 +276,7 @@ def test_an_installed_package_is_never_shadowed():
 
 @pytest.mark.parametrize(("device", "expected"), [(0, "cuda:0"), ("1", "cuda:1"), ("cpu", "cpu"), ("mps", "mps")])
 def test_a_device_is_what_it_says(device, expected):
-    assert host._device(device) == expected
+    assert device_name(device) == expected
 
 
 @pytest.mark.skipif(not host.IS_RELEASE, reason="main has devices of its own")
@@ -289,24 +295,24 @@ def test_all_four_methods_run_on_the_small_world(small_world, requests, tmp_path
             hparams.stats_dir = str(small_world.statistics)
         editor = easyeditor.BaseEditor.from_hparams(hparams)
         before = state(editor.model)
-        edited, originals = host.apply_edit(editor, editor.model, requests[0])
+        edited, originals = algorithms.apply_edit(editor, editor.model, requests[0])
         changed = {name for name, tensor in edited.state_dict().items() if not torch.equal(tensor, before[name])}
         assert changed == set(originals) and changed, method
-        host.undo_edits(editor, originals)
+        algorithms.undo_edits(editor, originals)
         assert same_state(before, state(editor.model)), method
 
 
 def test_every_method_of_the_host_is_named_or_left_out_with_a_reason():
-    assert set(host.ALG_DICT) <= {*host.COMPARABLE, *host._LEFT_OUT}
-    for method, reason in host._LEFT_OUT.items():
+    assert set(host.ALG_DICT) <= {*algorithms.COMPARABLE, *algorithms._LEFT_OUT}
+    for method, reason in algorithms._LEFT_OUT.items():
         with pytest.raises(host.HostError, match=f"editing_method is {method!r}, which {reason}; allowed: KDPO, FT"):
-            host.hyper_params_class(method)
+            algorithms.hyper_params_class(method)
 
 
 @pytest.mark.skipif(on_main(), reason="main has it")
 def test_what_the_release_lacks_is_told_with_the_host_that_has_it():
     with pytest.raises(host.HostError, match=r"EasyEdit's release does not have, but its GitHub main branch does$"):
-        host.hyper_params_class("WISE")
+        algorithms.hyper_params_class("WISE")
 
 
 @pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
@@ -317,10 +323,10 @@ def test_a_projection_is_made_for_the_covariance_at_hand_and_kept_with_the_stati
     shutil.copytree(small_world.statistics, tmp_path / "stats", ignore=shutil.ignore_patterns("projections"))
     files = []
     for layer in (0, 1, 0):
-        host.set_memory()
+        algorithms.set_memory()
         hparams.layers = [layer]
         editor = host.BaseEditor(copy.copy(hparams))
-        host.undo_edits(editor, host.apply_edit(editor, editor.model, requests[0])[1])
+        algorithms.undo_edits(editor, algorithms.apply_edit(editor, editor.model, requests[0])[1])
         projection = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main").P[0]
         torch.testing.assert_close(projection @ projection, projection, rtol=1e-3, atol=1e-4)
         files.append(set((tmp_path / "stats" / "projections").iterdir()))
@@ -336,14 +342,14 @@ def test_prompts_of_a_wrapper_are_measured_as_if_each_were_alone(small_world, re
     hparams.model_name = fresh
     hparams.sequential_edit = True
     editor = host.BaseEditor(hparams)
-    model = host.model_to_edit(editor, editor.model)
+    model = algorithms.model_to_edit(editor, editor.model)
     lengths = set()
     for request in requests[:4]:
-        model, _ = host.apply_edit(editor, model, request)
+        model, _ = algorithms.apply_edit(editor, model, request)
         lengths.add(len(editor.tok(request["prompt"])["input_ids"]))
     assert len(lengths) > 1
     for request in requests[:4]:
-        assert host.edit_quality(editor, model, request, fluency=False)["rewrite_acc"] == [1.0]
+        assert edit_quality(editor, model, request, fluency=False)["rewrite_acc"] == [1.0]
 
 
 @pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
@@ -351,10 +357,10 @@ def test_grace_learns_an_edit_that_an_earlier_value_serves(requests, fresh):
     hparams = load_hparams("GRACE", "world")
     hparams.model_name, hparams.sequential_edit = fresh, True
     editor = host.BaseEditor(hparams)
-    model, losses = host.model_to_edit(editor, editor.model), []
+    model, losses = algorithms.model_to_edit(editor, editor.model), []
     for n_iter in (1, 20, 1):
         editor.hparams.n_iter = n_iter
-        model, _ = host.apply_edit(editor, model, requests[0])
+        model, _ = algorithms.apply_edit(editor, model, requests[0])
         losses.append(float(model.losses[0]))
     (adapter,) = (module for module in model.modules() if hasattr(module, "epsilons"))
     assert len(adapter.keys) == 1 and losses[2] < losses[1] / 2
@@ -367,9 +373,9 @@ def test_an_adapter_goes_on_from_edit_to_edit_and_is_used_without_dropout(reques
     hparams = load_hparams(method, "world")
     hparams.model_name, hparams.lora_dropout, hparams.num_steps = fresh, 0.5, 2
     editor = host.BaseEditor(hparams)
-    model, adapters = host.model_to_edit(editor, editor.model), []
+    model, adapters = algorithms.model_to_edit(editor, editor.model), []
     for request in requests[:2]:
-        model, _ = host.apply_edit(editor, model, request)
+        model, _ = algorithms.apply_edit(editor, model, request)
         assert not any(module.training for module in model.modules())
         adapters.append({name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad})
         editor.hparams.lr = 0.0
@@ -387,9 +393,9 @@ def test_what_methods_want_beside_the_request(requests, fresh):
         says = editor.tok.decode(editor.tok(f" {request['ground_truth']}.")["input_ids"][:length]).strip()
         expected = {"DPO": {"target_neg": says}, "PMET": {"target_new": f" {request['target_new']}"}, "FT": {}}
         for editor.hparams.alg_name, wanted in expected.items():
-            assert host._wanted_beside(editor, editor.model, request) == wanted
+            assert algorithms._wanted_beside(editor, editor.model, request) == wanted
     editor.hparams.alg_name = "WISE"
-    texts = {host._wanted_beside(editor, editor.model, request)["loc_prompt"] for request in requests[:5]}
+    texts = {algorithms._wanted_beside(editor, editor.model, request)["loc_prompt"] for request in requests[:5]}
     assert len(texts) > 1
     for text in texts:
         assert 0 < len(editor.tok(text)["input_ids"]) < 15 and text not in str(requests)
@@ -400,9 +406,9 @@ def test_what_wise_cannot_do_is_told(requests, fresh):
     hparams = load_hparams("WISE", "world")
     hparams.save_freq, hparams.merge_freq = 2, 3
     with pytest.raises(host.HostError, match="merge_freq is 3; allowed: a multiple of save_freq, 2"):
-        host.check_method(hparams, sequential=True)
+        algorithms.check_method(hparams, sequential=True)
     hparams.model_name, hparams.n_iter, hparams.sequential_edit = fresh, 1, True
     editor = host.BaseEditor(hparams)
-    model, _ = host.apply_edit(editor, host.model_to_edit(editor, editor.model), requests[0])
+    model, _ = algorithms.apply_edit(editor, algorithms.model_to_edit(editor, editor.model), requests[0])
     with pytest.raises(host.HostError, match="save_freq is 2, and that many edits are made"):
-        host.apply_edit(editor, model, requests[1])
+        algorithms.apply_edit(editor, model, requests[1])

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import GPT2_MODULES, LLAMA_MODULES, on_main
+from conftest import on_main
 
 from kdpo_easyedit import HParamsError, KDPOHyperParams
-from kdpo_easyedit.hparams import HPARAMS_DIR, find_hparams, load_hparams
+from kdpo_easyedit.easyedit.hparams import load_hparams
+from kdpo_easyedit.method.config import HPARAMS_DIR, find_hparams
 
 RELEASED = {  # the design's table: layer, lr, num_steps, cycles, stop_crit
     "gpt-j-6b": (21, 1e-4, 8, 20, 1e-3),
@@ -36,7 +37,12 @@ RELEASE_YAML = {  # the layout of the paper's release
     "weight_decay": 0,
     "kl_factor": 0,
     "norm_constraint": False,
-    **LLAMA_MODULES,
+    "rewrite_module_tmp": "model.layers.{}.mlp.down_proj.weight",
+    "layer_module_tmp": "model.layers.{}",
+    "mlp_module_tmp": "model.layers.{}.mlp",
+    "attn_module_tmp": "model.layers.{}.self_attn",
+    "ln_f_module": "model.norm",
+    "lm_head_module": "lm_head",
     "model_parallel": False,
     "nll_term": False,
     "mask_where_equal": True,
@@ -54,7 +60,7 @@ def written(tmp_path: Path, config: dict, name: str = "some.yaml") -> Path:
 
 @pytest.fixture
 def config() -> dict:
-    return {"alg_name": "KDPO", "model_name": "world", "device": "cpu", "layers": [2], **GPT2_MODULES}
+    return {"alg_name": "KDPO", "model_name": "world", "device": "cpu", "layers": [2]}
 
 
 def test_defaults_are_the_papers(config):
@@ -182,7 +188,7 @@ def test_a_wrong_value_is_named_with_file_key_and_what_is_allowed(config, tmp_pa
     assert str(error.value).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("key", ["alg_name", "model_name", "layers", "rewrite_module_tmp"])
+@pytest.mark.parametrize("key", ["alg_name", "model_name", "layers"])
 def test_a_missing_key_is_named(config, tmp_path, key):
     del config[key]
     with pytest.raises(HParamsError, match=f"missing key '{key}'"):
@@ -217,7 +223,7 @@ def test_what_the_model_does_not_have_is_named(config, loaded, change, message):
 
 
 def test_the_ending_weight_may_be_left_out(config, loaded):
-    with_it = config | {"rewrite_module_tmp": config["rewrite_module_tmp"] + ".weight"}
+    with_it = config | {"rewrite_module_tmp": "transformer.h.{}.mlp.c_proj.weight"}
     names = [list(KDPOHyperParams(**c).edited_parameters(loaded[0])) for c in (config, with_it)]
     assert names == [["transformer.h.2.mlp.c_proj.weight"]] * 2
 

@@ -9,7 +9,7 @@ import torch
 from conftest import interrupt_second_write, same_state, state
 
 from kdpo_easyedit import HParamsError, apply_kdpo_to_model, execute_kdpo
-from kdpo_easyedit.weights import write
+from kdpo_easyedit.method.weights import write
 
 
 def says(model, tok, request) -> bool:

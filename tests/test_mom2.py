@@ -9,13 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA_MODULES, REFERENCE, same_state, state
+from conftest import REFERENCE, same_state, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpo_easyedit import KDPOHyperParams, apply_kdpo_to_model, execute_kdpo, host, mom2
-from kdpo_easyedit.hparams import HParamsError
-from kdpo_easyedit.mom2 import Usage
-from kdpo_easyedit.preference import edit_tokens, pair_margin
+from kdpo_easyedit import HParamsError, KDPOHyperParams, apply_kdpo_to_model, execute_kdpo
+from kdpo_easyedit.easyedit.statistics import make_statistics, statistics_file
+from kdpo_easyedit.method import kdpo_c
+from kdpo_easyedit.method.kdpo_c import Usage
+from kdpo_easyedit.method.preference import edit_tokens, pair_margin
+from kdpo_easyedit.method.statistics import second_moment
 
 WEIGHT = "transformer.h.3.mlp.c_proj.weight"
 
@@ -23,7 +25,7 @@ WEIGHT = "transformer.h.3.mlp.c_proj.weight"
 @pytest.fixture
 def statistics(small_world):
     """EasyEdit's file of the small world's last layer."""
-    return host.statistics_file(small_world.statistics, str(small_world.folder), WEIGHT.removesuffix(".weight"), "world", 1000)
+    return statistics_file(small_world.statistics, str(small_world.folder), WEIGHT.removesuffix(".weight"), "world", 1000)
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def far_from(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("damping", [0.001, 0.01, 1.0])
 def test_s_is_the_dense_inverse(statistics, damping):
-    moment = host.second_moment(statistics)
+    moment = second_moment(statistics)
     keys = torch.randn(5, len(moment), generator=torch.Generator().manual_seed(0))
     expected = keys.double() @ dense(moment, damping, keys[:0].double(), 0)
     assert far_from(expected, Usage.of(moment, damping, 0.1).times(keys)) < 1e-6
@@ -56,7 +58,7 @@ def test_s_is_the_dense_inverse(statistics, damping):
 @pytest.mark.parametrize("weight", [0.01, 0.1])
 def test_fifty_updates_of_low_rank_are_one_new_inverse(statistics, weight):
     """Twelve keys an edit are more than twice the inputs after 50, so that they were also put together."""
-    moment = host.second_moment(statistics)
+    moment = second_moment(statistics)
     usage = Usage.of(moment, 0.01, weight)
     generator = torch.Generator().manual_seed(0)
     edits = [torch.randn(12, len(moment), generator=generator) * moment.diagonal().mean().sqrt() for _ in range(50)]
@@ -92,7 +94,7 @@ def test_a_step_is_the_gradient_times_s_and_gains_what_it_is_told_to(fresh, requ
     weights, trace = execute_kdpo(model, tok, requests[0], aware)
     assert trace.steps == 1
     step = (weights[WEIGHT] - parameter).double()
-    moment = host.second_moment(statistics)
+    moment = second_moment(statistics)
     expected = dense(moment, aware.mom2_damping, moment[:0], 0) @ gradient.double()  # a Conv1D's weight is [in, out]
     assert torch.nn.functional.cosine_similarity(step.flatten(), expected.flatten(), dim=0) > 0.9999
     assert (step * gradient).sum().item() == pytest.approx(aware.mom2_step / (4 if sequential else 1), rel=1e-3)
@@ -100,7 +102,7 @@ def test_a_step_is_the_gradient_times_s_and_gains_what_it_is_told_to(fresh, requ
 
 def test_edits_cost_what_they_should_not_touch_less(fresh, requests, hparams, aware, statistics):
     model, tok = fresh
-    moment = host.second_moment(statistics)
+    moment = second_moment(statistics)
     before = model.get_parameter(WEIGHT).detach().clone()
     costs = []
     for settings in (hparams, aware):
@@ -117,18 +119,18 @@ def test_keys_of_edits_count_for_as_long_as_the_model_holds_them(fresh, requests
     before = state(model)
     first, _ = execute_kdpo(model, tok, requests[1], aware)
     _, originals = apply_kdpo_to_model(model, tok, requests[:1], aware, return_orig_weights=True)
-    rows = len(mom2.protected_keys(model)[WEIGHT])
+    rows = len(kdpo_c.protected_keys(model)[WEIGHT])
     assert rows == edit_tokens(tok, requests[0]["prompt"], requests[0]["target_new"]).input_ids.shape[1] - 1
     again = copy.deepcopy(model)  # the same weights, of which nothing is known
-    assert mom2.protected_keys(again) == {}
+    assert kdpo_c.protected_keys(again) == {}
     around, _ = execute_kdpo(model, tok, requests[1], aware)
     plain, _ = execute_kdpo(again, tok, requests[1], aware)
     assert not torch.equal(around[WEIGHT], plain[WEIGHT])
-    mom2.protect_keys(again, tok, aware, mom2.protected_keys(model))
+    kdpo_c.protect_keys(again, tok, aware, kdpo_c.protected_keys(model))
     assert torch.equal(around[WEIGHT], execute_kdpo(again, tok, requests[1], aware)[0][WEIGHT])
 
     apply_kdpo_to_model(model, tok, requests[1:2], aware)
-    assert len(mom2.protected_keys(model)[WEIGHT]) > rows
+    assert len(kdpo_c.protected_keys(model)[WEIGHT]) > rows
     model.load_state_dict(before)  # undone
     assert torch.equal(first[WEIGHT], execute_kdpo(model, tok, requests[1], aware)[0][WEIGHT])
     assert torch.equal(originals[WEIGHT], before[WEIGHT])
@@ -148,10 +150,10 @@ def test_llama_is_edited_in_every_precision(tmp_path, dtype):
     folder = REFERENCE / "llama"
     model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
     hparams = KDPOHyperParams(
-        alg_name="KDPO", model_name=str(folder), device="cpu", layers=[1], **LLAMA_MODULES, mom2_adjustment=True,
+        alg_name="KDPO", model_name=str(folder), device="cpu", layers=[1], mom2_adjustment=True,
         mom2_dataset="mine", mom2_n_samples=50, stats_dir=str(tmp_path),
     )  # fmt: skip
-    (file,) = host.make_statistics(
+    (file,) = make_statistics(
         AutoModelForCausalLM.from_pretrained(folder), tok, hparams, ["The sky is blue.", "Water is wet."] * 25, quiet=True
     )
     assert file.is_file()
@@ -165,15 +167,15 @@ def test_llama_is_edited_in_every_precision(tmp_path, dtype):
 def test_an_interrupt_leaves_model_and_keys_as_they_were(fresh, requests, aware, monkeypatch):
     model, tok = fresh
     apply_kdpo_to_model(model, tok, requests[:1], aware)
-    before, rows = state(model), len(mom2.protected_keys(model)[WEIGHT])
+    before, rows = state(model), len(kdpo_c.protected_keys(model)[WEIGHT])
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mom2.Usage, "protecting", interrupted)
+    monkeypatch.setattr(kdpo_c.Usage, "protecting", interrupted)
     with pytest.raises(KeyboardInterrupt):
         apply_kdpo_to_model(model, tok, requests[1:2], aware)
-    assert same_state(before, state(model)) and len(mom2.protected_keys(model)[WEIGHT]) == rows
+    assert same_state(before, state(model)) and len(kdpo_c.protected_keys(model)[WEIGHT]) == rows
 
 
 def write_statistics(file, moment) -> None:
@@ -197,7 +199,7 @@ def test_wrong_statistics_are_told_before_the_model_is_touched(fresh, requests, 
     model, tok = fresh
     before = state(model)
     aware.stats_dir = str(tmp_path / "stats")
-    file = host.statistics_file(tmp_path / "stats", model.config.name_or_path, WEIGHT.removesuffix(".weight"), "world", 1000)
+    file = statistics_file(tmp_path / "stats", model.config.name_or_path, WEIGHT.removesuffix(".weight"), "world", 1000)
     if isinstance(moment, str):
         file.parent.mkdir(parents=True)
         file.write_text(moment)
@@ -206,7 +208,7 @@ def test_wrong_statistics_are_told_before_the_model_is_touched(fresh, requests, 
     for edit in (execute_kdpo, lambda m, t, request, h: apply_kdpo_to_model(m, t, [request], h)):
         with pytest.raises(HParamsError, match=message) as told:
             edit(model, tok, requests[0], aware)
-        assert str(file) in str(told.value) and (moment is not None or "--stats_text" in str(told.value))
+        assert "kdpo statistics" in str(told.value) if moment is None else str(file) in str(told.value)
     assert same_state(before, state(model))
 
 

@@ -28,7 +28,7 @@ def test_a_wheel_carries_every_yaml_and_the_reports_template(wheel):
     carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".yaml")}
     provided = {f"kdpo_easyedit/hparams_yaml/{p.relative_to(ROOT / 'hparams')}" for p in (ROOT / "hparams").rglob("*.yaml")}
     assert carried == provided and len(provided) > 50
-    assert "kdpo_easyedit/report.html" in zipfile.ZipFile(wheel).namelist()
+    assert "kdpo_easyedit/report/report.html" in zipfile.ZipFile(wheel).namelist()
 
 
 def test_provided_yamls_are_found_by_name_from_any_folder(wheel, tmp_path):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit import KDPOHyperParams, execute_kdpo
-from kdpo_easyedit.hparams import translate_release
-from kdpo_easyedit.weights import read, write
+from kdpo_easyedit.method.config import translate_release
+from kdpo_easyedit.method.weights import read, write
 
 RECORDINGS = sorted((REFERENCE / "recordings").glob("*.json"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdpo_easyedit import peak
-from kdpo_easyedit.peak import PeakMemory
+from kdpo_easyedit.bench import peak
+from kdpo_easyedit.bench.peak import PeakMemory
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -11,7 +11,7 @@ from conftest import REFERENCE
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kdpo_easyedit.preference import (
+from kdpo_easyedit.method.preference import (
     edit_tokens,
     pair_margin,
     preference_loss,

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kdpo_easyedit.comparison import Comparison, Example, PairedTest, Summary
-from kdpo_easyedit.report import curve_chart, print_ablation, print_examples, print_tables, radar_chart
+from kdpo_easyedit.bench.protocols import Comparison, Example
+from kdpo_easyedit.bench.schema import PairedTest, Summary
+from kdpo_easyedit.report.charts import curve_chart, radar_chart
+from kdpo_easyedit.report.tables import print_ablation, print_examples, print_tables
 
 
 @pytest.fixture

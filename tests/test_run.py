@@ -14,8 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, on_main
 
-sys.path.insert(0, str(ROOT))
-import run_kdpo
+from kdpo_easyedit.cli.main import main
 
 
 def run(*arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -98,7 +97,7 @@ def test_bad_input_gets_one_line_before_anything_is_done(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDPO_CACHE", str(tmp_path / "cache"))
     try:
-        assert run_kdpo.main(arguments) == 2
+        assert main(arguments) == 2
     except SystemExit as error:  # argparse's way
         assert error.code == 2
     printed = capsys.readouterr()
@@ -165,7 +164,7 @@ def test_an_edit_by_hand_is_shown_and_kept_where_asked_and_nowhere_else(small_wo
 def test_the_ablation_is_one_command_and_one_table(small_world, small_yaml, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["--ablation", "--hparams_dir", str(small_yaml), "--data_dir", str(small_world.edits), "--eval_at", "2"]
-    assert run_kdpo.main([*arguments, "--ds_size", "3", "--quiet"]) == 0
+    assert main([*arguments, "--ds_size", "3", "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert [printed.count(f"after {n} edits") for n in (2, 3)] == [1, 1] and printed.count("DPO-ablation-once") == 2
     rows = json.loads((tmp_path / "output" / "curve.json").read_text())

@@ -18,13 +18,12 @@ from conftest import COSTS, ROOT, same_state
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpo_easyedit import apply_edits, comparison, datasets
+from kdpo_easyedit import apply_edits
+from kdpo_easyedit.bench import datasets, protocols, schema
+from kdpo_easyedit.bench.runs import Journal, RunError, RunFolder
+from kdpo_easyedit.cli.main import main
+from kdpo_easyedit.easyedit.hparams import load_hparams
 from kdpo_easyedit.edits import read_header
-from kdpo_easyedit.hparams import load_hparams
-from kdpo_easyedit.runs import Journal, RunError, RunFolder
-
-sys.path.insert(0, str(ROOT))
-import run_kdpo
 
 METHODS = ("KDPO", "FT", "ROME", "MEMIT")
 N = 12
@@ -34,7 +33,7 @@ N = 12
 def process():
     """Makes processes that have EasyEdit imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdpo_easyedit.comparison"])
+    context.set_forkserver_preload(["kdpo_easyedit.bench.protocols"])
     return context.Process
 
 
@@ -175,10 +174,10 @@ def settings(small_world, tmp_path_factory) -> dict[str, Path]:
 
 def edit_in_sequence(name: str, hparams: Path, data: Path, folder: Path) -> None:
     """A sequential run, in a process of its own; weights are saved every other edit, so that kills fall between."""
-    comparison._SAVE_EDITS = 2
-    method = comparison.Method(name, load_hparams(name, hparams))
+    protocols._SAVE_EDITS = 2
+    method = protocols.Method(name, load_hparams(name, hparams))
     requests = datasets.load_requests(data, size=N)
-    comparison.compare([method], requests, [comparison.SEQUENTIAL], folder, eval_at=[4], quiet=True)
+    protocols.compare([method], requests, [schema.SEQUENTIAL], folder, eval_at=[4], quiet=True)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -248,13 +247,13 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(settings, small_world, tmp_pa
 
 def test_another_command_in_the_folder_is_refused_unless_told_to_overwrite(settings, small_world, tmp_path, capfd):
     def run(*more: str) -> tuple[int, str]:
-        status = run_kdpo.main(command(settings, small_world, tmp_path / "run", "--ds_size", "2", *more)[2:])
+        status = main(command(settings, small_world, tmp_path / "run", "--ds_size", "2", *more)[2:])
         return status, capfd.readouterr().err
 
     status, errors = run("--quiet")
     assert status == 0 and "%|" not in errors
     weights = (tmp_path / "run" / "weights-KDPO.safetensors").read_bytes()
-    status = run_kdpo.main(command(settings, small_world, tmp_path / "run", "--ds_size", "2")[2:])
+    status = main(command(settings, small_world, tmp_path / "run", "--ds_size", "2")[2:])
     assert status == 0 and "held this run, complete" in " ".join(capfd.readouterr().out.split())
     status, errors = run("--seed", "1")
     assert status == 2 and "seed is 0 there and 1 here" in errors.splitlines()[-1]

@@ -11,9 +11,9 @@ from conftest import same_state, state
 from transformers import AutoModelForCausalLM
 
 from kdpo_easyedit import apply_kdpo_to_model, execute_kdpo
-from kdpo_easyedit.preference import pair_margin, preference_loss
-from kdpo_easyedit.suffix import Suffix, forward_as, frozen
-from kdpo_easyedit.weights import read, write
+from kdpo_easyedit.method.preference import pair_margin, preference_loss
+from kdpo_easyedit.method.replay import Suffix, forward_as, frozen
+from kdpo_easyedit.method.weights import read, write
 
 COMMON = {
     "hidden_size": 32,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from kdpo_easyedit import world
+from kdpo_easyedit.models import world
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..host import compute_statistics, statistics_file
+from ..easyedit.statistics import compute_statistics, statistics_file
 from ..method.statistics import Text, make, second_moment
 
 

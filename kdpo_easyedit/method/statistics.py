@@ -30,8 +30,8 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..files import whole
-from ..suffix import _by_onednn, forward_as, frozen
-from ..weights import stored
+from .replay import _by_onednn, forward_as, frozen
+from .weights import stored
 
 LOG = logging.getLogger(__name__)
 
@@ -146,6 +146,23 @@ def statistics_path(
         raise StatisticsError("the model's config.name_or_path is empty, and statistics are kept under it: set it to a name")
     folder = model_name.replace("/", "_") if release else model_name.rsplit("/")[-1]
     return Path(stats_dir) / folder / f"{dataset}_stats" / f"{layer_name}_{dtype}_mom2_{samples}.npz"
+
+
+def statistics_files(model: Any, names: Sequence[str], hparams: Any) -> list[Path]:
+    """The files of the second moments that KDPO+C needs, one a weight.
+
+    Raises:
+        StatisticsError: one is not there.
+    """
+    found = []
+    for name in names:
+        about = Path(hparams.stats_dir), model.config.name_or_path, name.removesuffix(".weight"), hparams.mom2_dataset
+        files = [statistics_path(*about, hparams.mom2_n_samples, hparams.mom2_dtype, release) for release in (False, True)]
+        there = next((file for file in files if file.is_file()), None)
+        if there is None:
+            raise StatisticsError(f"{files[0]}: there are no such statistics; `kdpo statistics` makes them from a text")
+        found.append(there)
+    return found
 
 
 def make(

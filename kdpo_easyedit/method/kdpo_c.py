@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import host
-from .edits import fingerprint
-from .hparams import HParamsError, KDPOHyperParams
-from .weights import Weights, read
+from .config import HParamsError, KDPOHyperParams
+from .statistics import StatisticsError, second_moment, statistics_files
+from .weights import Weights, fingerprint, read
 
 LOG = logging.getLogger(__name__)
 
@@ -231,8 +230,8 @@ def protect_keys(model: Any, tok: Any, hparams: KDPOHyperParams, protected: Mapp
 def _ordinary(model: Any, tok: Any, names: Sequence[str], hparams: KDPOHyperParams) -> dict[str, Usage]:
     found = {}
     try:
-        for name, file in zip(names, host.make_statistics(model, tok, hparams)):
-            module, moment = model.get_submodule(name.removesuffix(".weight")), host.second_moment(file)
+        for name, file in zip(names, statistics_files(model, names, hparams)):
+            module, moment = model.get_submodule(name.removesuffix(".weight")), second_moment(file)
             width = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
             if moment.shape != (width, width):
                 raise HParamsError(f"{file}: {list(moment.shape)}, and {name} needs [{width}, {width}]: another model's?")
@@ -241,7 +240,7 @@ def _ordinary(model: Any, tok: Any, names: Sequence[str], hparams: KDPOHyperPara
                 found[name] = Usage.of(moment, hparams.mom2_damping, hparams.mom2_edit_weight)
             except ValueError as error:
                 raise HParamsError(f"{file}: {error}; remove it, and have it made anew") from None
-    except host.HostError as error:
+    except StatisticsError as error:
         raise HParamsError(str(error)) from None
     return found
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .comparison import Comparison, Metrics, PairedTest, Summary, paired_tests, per_edit, summarise
-from .runs import RunError, RunFolder, differences
+from ..bench.measuring import per_edit, summarise
+from ..bench.protocols import Comparison
+from ..bench.runs import RunError, RunFolder, differences
+from ..bench.schema import EditMetrics, PairedTest, Row, Summary, from_json
+from ..bench.significance import paired_tests
 
 Key = tuple[str, str]
 
@@ -30,7 +33,7 @@ class Results:
     model: str
     settings: dict[str, Any]
     comparison: Comparison
-    metrics: dict[Key, list[Metrics]]
+    metrics: dict[Key, list[EditMetrics]]
     traces: dict[Key, list[dict[str, Any]]]
     hparams: dict[str, dict[str, Any]]
     easyedit: list[dict[str, Any]]
@@ -61,20 +64,19 @@ def _read(folder: Path) -> Results:
     record = run.read("run.json")
     if record is None:
         raise RunError(f"{folder}: holds no run; name a folder that --metrics_save_dir has named")
-    rows, tests = run.read("summary.json") or [], run.read("tests.json")
-    keys = [(row["method"], row["protocol"]) for row in rows]
-    metrics = {(method, protocol): run.read(f"metrics-{method}-{protocol}.json") for method, protocol in keys}
+    rows, tests = _rows(run, Summary, "summary.json") or [], _rows(run, PairedTest, "tests.json")
+    keys = [(row.method, row.protocol) for row in rows]
+    metrics = {key: _rows(run, EditMetrics, "metrics-{}-{}.json".format(*key)) or [] for key in keys}
     traces = {(method, protocol): run.journal(f"{method}-{protocol}.jsonl").entries for method, protocol in keys}
     whole = "about" in record and len(rows) == len(record["methods"]) * len(record["protocols"])
-    if not whole or tests is None or any(len(of or ()) != len(traces[key]) for key, of in metrics.items()):
+    if not whole or tests is None or any(len(of) != len(traces[key]) for key, of in metrics.items()):
         raise RunError(f"{folder}: the run is not complete; its own command goes on with it")
-    before = [{"pre": entry["pre"]} for entry in metrics[keys[0]]]
     comparison = Comparison(
-        before=summarise("(before)", "", before, "pre"),
-        rows=[Summary(**row) for row in rows],
+        before=summarise("(before)", "", metrics[keys[0]], "pre"),
+        rows=rows,
         examples=[],
-        curve=[Summary(**row) for row in run.read("curve.json") or []],
-        tests=[PairedTest(**test) for test in tests],
+        curve=_rows(run, Summary, "curve.json") or [],
+        tests=tests,
     )
     hparams = next(iter(record["methods"].values()))
     loading = {key: hparams.get(key, False) for key in ("device", "fp16", "model_parallel")}
@@ -97,6 +99,14 @@ def _read(folder: Path) -> Results:
     )
 
 
+def _rows(run: RunFolder, cls: type[Row], name: str) -> list[Row] | None:
+    content = run.read(name)
+    try:
+        return None if content is None else from_json(cls, content)
+    except ValueError as error:
+        raise RunError(f"{run.path / name}: {error}") from None
+
+
 def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
     """Runs of one model on one file of edits as one."""
     (first_folder, first), *others = runs
@@ -104,9 +114,10 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
         return first
     named = [method for _, run in runs for method in run.hparams]
     joined = Results(first.model, first.settings, Comparison(first.comparison.before, [], [], []), {}, {}, {}, [])
-    for folder, run in runs:
+    labels = _labels([folder for folder, _ in runs])
+    for (folder, run), label in zip(runs, labels):
         _refuse(first_folder, folder, first.settings, run.settings, "")
-        names = {method: method if named.count(method) == 1 else f"{method} ({folder.name})" for method in run.hparams}
+        names = {method: method if named.count(method) == 1 else f"{method} ({label})" for method in run.hparams}
         joined.comparison.rows += [replace(row, method=names[row.method]) for row in run.comparison.rows]
         joined.comparison.curve += [replace(row, method=names[row.method]) for row in run.comparison.curve]
         joined.metrics |= {(names[method], protocol): of for (method, protocol), of in run.metrics.items()}
@@ -115,6 +126,13 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
         joined.easyedit += [row | {"method": names[row["method"]]} for row in run.easyedit]
     joined.comparison.tests = paired_tests({key: per_edit(metrics, "post") for key, metrics in joined.metrics.items()})
     return joined
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """As much of the end of each folder's path as tells them all apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    depth = next(n for n in range(1, 1 + max(map(len, parts))) if len({of[-n:] for of in parts}) == len(parts))
+    return ["/".join(of[-depth:]) for of in parts]
 
 
 def _refuse(one_folder: Path, other_folder: Path, one: Any, other: Any, where: str) -> None:

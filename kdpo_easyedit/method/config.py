@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from .host import IS_RELEASE, RELEASE_BEHAVIOUR, HostError, HyperParams, hyper_params_class
+from ..devices import device_name
+from .families import family_of
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 #: Where the provided YAMLs lie, one folder a method: in a wheel inside the package, in a checkout beside it.
 HPARAMS_DIR = _PACKAGE / "hparams_yaml" if (_PACKAGE / "hparams_yaml").is_dir() else _PACKAGE.parent / "hparams"
-# Fine-tuning goes by two names in the field: FT-L (objective_optimization: prompt_last), which is what both EasyEdits have
-# and call FT, and FT-M (target_new). Both are the algorithm FT.
+# A method that has another's folder: FT-L is what EasyEdit calls FT.
 _FOLDERS = {"FT-L": "FT"}
-_ALGORITHMS = {"FT-L": "FT", "FT-M": "FT", "KDPO+C": "KDPO"}
 
 
 class HParamsError(ValueError):
@@ -66,46 +65,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return config
 
 
-def load_hparams(method: str, name_or_path: str | Path) -> Any:
-    """The hyper-parameters of any method, as EasyEdit's own class for it, from a YAML that :func:`find_hparams` finds.
+def check_keys(cls: type, config: dict[str, Any]) -> None:
+    """Whether a YAML has the keys of a dataclass of hyper-parameters.
 
     Raises:
-        HParamsError: no such YAML, a method that this EasyEdit lacks, or a key that is unknown, missing or not for it.
+        HParamsError: one is unknown, or missing.
     """
-    algorithm = _ALGORITHMS.get(method, method)
-    try:
-        cls = hyper_params_class(algorithm)
-    except HostError as error:
-        raise HParamsError(str(error)) from None
-    path = find_hparams(method, name_or_path)
-    config = read_yaml(path)
-    if config.get("alg_name") != algorithm:
-        raise HParamsError(f"{path}: alg_name is {config.get('alg_name')!r}; allowed for {method}: {algorithm!r}")
-    if cls is KDPOHyperParams:
-        return KDPOHyperParams.from_hparams(path)
-    config = HyperParams.construct_float_from_scientific_notation(config)
-    margins = config.get("act_margin")
-    if algorithm == "WISE" and isinstance(margins, list) and len(margins) == 3:  # EasyEdit's YAMLs have one key for three
-        config |= zip(("alpha", "beta", "gamma"), config.pop("act_margin"))
-    try:
-        if IS_RELEASE:
-            _drop_keys_of_main(cls, config)
-        _check_keys(cls, config)
-    except HParamsError as error:
-        raise HParamsError(f"{path}: {error}") from None
-    return cls(**config)
-
-
-def _drop_keys_of_main(cls: type, config: dict[str, Any]) -> None:
-    known = {f.name for f in fields(cls)}
-    for key, value in RELEASE_BEHAVIOUR.items():
-        if key not in known and config.pop(key, value) != value:
-            raise HParamsError(
-                f"{key} is not {value!r}, which EasyEdit's release needs it to be; its GitHub main branch has both"
-            )
-
-
-def _check_keys(cls: type, config: dict[str, Any]) -> None:
     known = {f.name: f for f in fields(cls)}
     for key, value in config.items():
         if key not in known:
@@ -172,7 +137,13 @@ def _text(value: Any) -> str:
     return value
 
 
-def _template(value: Any) -> str:
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _template(value: Any) -> str | None:
+    if value is None:
+        return None
     if not isinstance(value, str) or value.count("{}") != 1:
         raise ValueError("a module's name with {} in the place of the layer's number")
     return value
@@ -191,7 +162,7 @@ def _device(value: Any) -> int | str:
     try:
         if not isinstance(value, (int, str)) or isinstance(value, bool):
             raise RuntimeError
-        torch.device(f"cuda:{value}" if isinstance(value, int) else value)
+        torch.device(device_name(value))
     except RuntimeError:
         raise ValueError("a CUDA device's number, or 'cpu', 'cuda', 'cuda:1', 'mps'") from None
     return value
@@ -229,8 +200,12 @@ _RELEASE_KEYS: dict[str, tuple[Any, str]] = {
 }
 
 
+# The module names that an edit needs, and what they are of a family.
+_OF_FAMILY = {"rewrite_module_tmp": "projection", "layer_module_tmp": "layer", "mlp_module_tmp": "mlp"}
+
+
 @dataclass
-class KDPOHyperParams(HyperParams):
+class KDPOHyperParams:
     """Hyper-parameters of KDPO (arXiv 2406.09920), under the names of the paper's release where there is one.
 
     The defaults are the paper's. Build one from a YAML with :meth:`from_hparams`, or directly by keywords.
@@ -243,12 +218,16 @@ class KDPOHyperParams(HyperParams):
     model_name: Any = _field("a model's name or folder, as from_pretrained takes it", _model_name)
     device: Any = _field("where to put the model: 0, 'cpu', 'cuda:1', 'mps'", _device)
     layers: list[int] = _field("the layers whose projection is edited, counted from 0", _layers)
-    rewrite_module_tmp: str = _field("the projection W that is edited, with or without '.weight'", _template)
-    layer_module_tmp: str = _field("a decoder layer", _template)
-    mlp_module_tmp: str = _field("a decoder layer's MLP", _template)
-    attn_module_tmp: str = _field("a decoder layer's attention", _template)
-    ln_f_module: str = _field("the final norm", _text)
-    lm_head_module: str = _field("the output layer (or the embedding that it is tied to)", _text)
+    rewrite_module_tmp: Any = _field(
+        "the projection W, with or without '.weight'; left out, it follows from the architecture",
+        _template,
+        None,
+    )
+    layer_module_tmp: Any = _field("a decoder layer; left out, as above", _template, None)
+    mlp_module_tmp: Any = _field("a decoder layer's MLP; left out, as above", _template, None)
+    attn_module_tmp: Any = _field("EasyEdit's; not read", _template, None)
+    ln_f_module: Any = _field("EasyEdit's; not read", _text_or_none, None)
+    lm_head_module: Any = _field("EasyEdit's; not read", _text_or_none, None)
     num_steps: int = _field("optimiser steps a cycle, at most", _count, 8)
     cycles: int = _field("cycles, at most", _count, 20)
     lr: float = _field("Adam's learning rate", _positive, 1e-4)
@@ -298,7 +277,7 @@ class KDPOHyperParams(HyperParams):
         path = find_hparams("KDPO", hparams_name_or_path)
         try:
             config = translate_release(read_yaml(path))
-            _check_keys(cls, config)
+            check_keys(cls, config)
             return cls(**config)
         except HParamsError as error:
             message = str(error)
@@ -321,37 +300,49 @@ class KDPOHyperParams(HyperParams):
                 if getattr(self, key) != neutral:
                     raise HParamsError(f"{key} is {getattr(self, key)!r}; allowed with mom2_adjustment: {neutral!r}")
 
+    def for_model(self, model: torch.nn.Module) -> KDPOHyperParams:
+        """These hyper-parameters with the module names filled in that were left out.
+
+        Raises:
+            HParamsError: one was left out, and the model's architecture is not among :data:`.families.FAMILIES`.
+        """
+        family = family_of(model)
+        missing = [key for key in _OF_FAMILY if getattr(self, key) is None]
+        if missing and family is None:
+            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            raise HParamsError(
+                f"{missing[0]} is missing, and does not follow from the architecture {kind!r}: name it in the YAML"
+            )
+        return replace(self, **{key: getattr(family, _OF_FAMILY[key]) for key in missing})
+
     def edited_parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         """The weights W that an edit changes, by their full names, lowest layer first.
 
         Raises:
             HParamsError: a layer or a template that the model does not have.
         """
-        modules = dict(model.named_modules())
-        stems = [self.layer_module_tmp, self.mlp_module_tmp, self.attn_module_tmp]
+        named, modules = self.for_model(model), dict(model.named_modules())
         for layer in sorted(self.layers):
-            if self.layer_module_tmp.format(layer) not in modules:
-                depth = sum(self.layer_module_tmp.format(n) in modules for n in range(len(modules)))
+            if named.layer_module_tmp.format(layer) not in modules:
+                depth = sum(named.layer_module_tmp.format(n) in modules for n in range(len(modules)))
                 if not depth:
-                    raise _no_match("layer_module_tmp", self.layer_module_tmp, modules)
+                    raise _no_match("layer_module_tmp", named.layer_module_tmp, modules)
                 raise HParamsError(f"layers holds {layer}; allowed: 0 to {depth - 1}, the layers of this model")
-        for key, template in zip(("layer_module_tmp", "mlp_module_tmp", "attn_module_tmp"), stems):
-            if template.format(self.layers[0]) not in modules:
-                raise _no_match(key, template, modules)
-        for key in ("ln_f_module", "lm_head_module"):
-            if getattr(self, key) not in modules:
-                raise _no_match(key, getattr(self, key), modules)
+        for key in ("mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module"):
+            value = getattr(named, key)
+            if value is not None and value.format(self.layers[0]) not in modules:
+                raise _no_match(key, value, modules)
 
         weights = {}
         for layer in sorted(self.layers):
-            name = self.rewrite_module_tmp.format(layer).removesuffix(".weight")
+            name = named.rewrite_module_tmp.format(layer).removesuffix(".weight")
             weight = getattr(modules.get(name), "weight", None)
             if weight is None:
-                raise _no_match("rewrite_module_tmp", self.rewrite_module_tmp, modules)
+                raise _no_match("rewrite_module_tmp", named.rewrite_module_tmp, modules)
             if weight.dim() != 2 or not weight.is_floating_point():
                 kind = f"{weight.dim()}-dimensional {weight.dtype}"
                 raise HParamsError(
-                    f"rewrite_module_tmp is {self.rewrite_module_tmp!r}, whose weight is {kind}; "
+                    f"rewrite_module_tmp is {named.rewrite_module_tmp!r}, whose weight is {kind}; "
                     "allowed: a projection with a matrix of floating-point numbers"
                 )
             weights[f"{name}.weight"] = weight

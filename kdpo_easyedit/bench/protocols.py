@@ -9,41 +9,45 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import math
 import platform
-import random
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap, permutation_test
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from . import edits, host, mom2
-from .datasets import DatasetError, Request
-from .hparams import HParamsError, KDPOHyperParams
-from .kdpo_main import EditTrace
+from ..devices import device_name, synchronize
+from ..easyedit import host
+from ..easyedit import methods as algorithms
+from ..easyedit.loading import check_device, in_place
+from ..easyedit.measuring import own_summary
+from ..easyedit.statistics import make_statistics
+from ..edits import save_edits as write_edits
+from ..method import kdpo_c
+from ..method.config import HParamsError, KDPOHyperParams
+from ..method.kdpo import EditTrace
+from ..method.weights import read, write
+from .datasets import Request
+from .measuring import check_length, measure, measure_after, per_edit, seed_everything, summarise, token_accuracy
 from .peak import PeakMemory
-from .preference import edit_tokens, teacher_forced_negatives
 from .runs import RunFolder
-from .weights import read, write
+from .schema import SEQUENTIAL, SINGLE, EditMetrics, PairedTest, Summary, from_json, to_json
+from .significance import paired_tests
+from .versions import versions
 
-SINGLE, SEQUENTIAL = "single", "sequential"
-#: What is measured of an edit; a :class:`Summary` has the mean of each, with an interval.
-MEASURES = (
-    "edit_success", "generated_success", "generalization", "generated_generalization", "portability", "locality", "fluency",
-)  # fmt: skip
-Metrics = dict[str, Any]
+LOG = logging.getLogger(__name__)
+
 Bar = Callable[..., Any]
 
 
@@ -73,57 +77,6 @@ def ablation(hparams: KDPOHyperParams) -> list[Method]:
         Method("DPO-ablation", dpo),
         Method("DPO-ablation-once", replace(dpo, online=False)),
     ]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A row of a comparison: means over the edits, each of the mean over its prompts, in percent.
-
-    Attributes:
-        edit_success, generalization: the share of the target's tokens that the model says after the prompt, or the rephrased
-            prompt, under teacher forcing.
-        generated_success, generated_generalization: how often it writes the target there on its own.
-        fluency: n-gram entropy of what the model writes, in bits, as EasyEdit measures it.
-        seconds_per_edit: wall-clock time of the edits alone.
-        megabytes_per_edit: the most memory that an edit takes beyond what was taken before it, the median over the edits; None
-            where it cannot be measured (see :class:`kdpo_easyedit.peak.PeakMemory`).
-        intervals: 95 % confidence intervals of the measures, by bootstrap over the edits.
-    """
-
-    method: str
-    protocol: str
-    n_edits: int
-    edit_success: float | None
-    generalization: float | None
-    locality: float | None
-    portability: float | None
-    fluency: float | None
-    generated_success: float | None
-    generated_generalization: float | None
-    seconds_per_edit: float | None
-    megabytes_per_edit: float | None
-    intervals: dict[str, list[float]]
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """Whether two methods differ in a measure: a permutation test over the edits that have it with both.
-
-    Attributes:
-        against: the method that ``method`` is held against.
-        difference: the mean over the edits of ``method`` less ``against``.
-        p_value: two-sided.
-        p_corrected: by Holm, over the methods that are held against the same one in this measure and protocol.
-    """
-
-    protocol: str
-    measure: str
-    method: str
-    against: str
-    n_edits: int
-    difference: float
-    p_value: float
-    p_corrected: float
 
 
 @dataclass(frozen=True)
@@ -201,7 +154,7 @@ def compare(
     folder = folder.resolve()
     save_edits, save_model = (path and path.resolve() for path in (save_edits, save_model))
     check(methods, protocols, save_edits, save_model)
-    methods = [Method(method.name, host.in_place(method.hparams)) for method in methods]
+    methods = [Method(method.name, in_place(method.hparams)) for method in methods]
     checkpoints = sorted({n for n in eval_at or _powers_of_ten(len(requests)) if n < len(requests)} | {len(requests)})
     settings = {
         "methods": {method.name: plain(method.hparams) for method in methods},
@@ -209,22 +162,22 @@ def compare(
         "protocols": list(protocols),
         "checkpoints": checkpoints,
         "seed": seed,
-        "versions": {"easyeditor": host.NAME} | {name: version(name) for name in ("kdpo-easyedit", "torch", "transformers")},
+        "versions": versions(),
     }
 
     about = {"data": data_name, "device": _machine(methods[0].hparams.device)}
-    with RunFolder(folder, settings, overwrite, about) as run, host.output_to(folder):
+    with RunFolder(folder, settings, overwrite, about) as run, algorithms.output_to(folder):
         first = host.BaseEditor(copy.copy(methods[0].hparams))
         _check_room(requests, first.model, first.tok)
         for method in methods:
-            host.make_statistics(first.model, first.tok, method.hparams, stats_texts, quiet)
+            make_statistics(first.model, first.tok, method.hparams, stats_texts, quiet)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
         before = _measure_before(run, first, requests, seed, bar)
         result = Comparison(summarise("(before)", "", before, "pre"), [], [], [])
         for protocol in protocols:
             for method in methods:
                 editor = editor_of(method, first, protocol)
-                host.set_memory()
+                algorithms.set_memory()
                 if protocol == SINGLE:
                     row = _edit_one_by_one(run, editor, before, method.name, seed, bar)
                 else:
@@ -232,10 +185,12 @@ def compare(
                         run, editor, before, method.name, seed, checkpoints, bar, save_edits, save_model
                     )
                     row = result.curve[-1]
-                    run.write("curve.json", [asdict(row) for row in result.curve])
-                result.examples = result.examples or _examples(run.read(f"metrics-{method.name}-{protocol}.json"))
+                    run.write("curve.json", to_json(result.curve))
+                result.examples = result.examples or _examples(
+                    from_json(EditMetrics, run.read(f"metrics-{method.name}-{protocol}.json"))
+                )
                 result.rows.append(row)
-                run.write("summary.json", [asdict(row) for row in result.rows])
+                run.write("summary.json", to_json(result.rows))
         result.tests = _compare_rows(run, result.rows)
     return result
 
@@ -248,9 +203,12 @@ def check(
     Raises:
         HostError: it cannot.
     """
+    names = [method.name for method in methods]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise host.HostError(f"editing_method names {twice!r} twice; name each method once")
     for method in methods:
-        host.check_method(method.hparams, SEQUENTIAL in protocols)
-        if (save_edits or save_model) and not host.edits_weights(method.hparams):
+        algorithms.check_method(method.hparams, SEQUENTIAL in protocols)
+        if (save_edits or save_model) and not algorithms.edits_weights(method.hparams):
             raise host.HostError(f"save_edits and save_model keep changed weights, and {method.name} changes none")
     if (save_edits or save_model) and (len(methods) != 1 or SEQUENTIAL not in protocols):
         raise host.HostError("save_edits and save_model keep the sequential edits of one method; name one method")
@@ -262,43 +220,41 @@ def check(
     if any(other != loading[0] for other in loading):
         raise host.HostError(f"the methods are set to edit different models: {loading}; compare methods on one model")
     if not getattr(methods[0].hparams, "model_parallel", False):
-        host.check_device(methods[0].hparams.device)
+        check_device(methods[0].hparams.device)
 
 
-def _measure_before(run: RunFolder, editor: Any, requests: Sequence[Request], seed: int, bar: Bar) -> list[Metrics]:
+def _measure_before(run: RunFolder, editor: Any, requests: Sequence[Request], seed: int, bar: Bar) -> list[EditMetrics]:
     """EasyEdit's metrics of the model before any edit, one entry a request."""
     journal = run.journal("before.jsonl")
     with bar(total=len(requests), initial=len(journal.entries), desc="before editing") as progress:
         for request in requests[len(journal.entries) :]:
-            journal.append(_measure(editor, editor.model, request, seed))
+            journal.append(measure(editor, editor.model, request, seed))
             progress.update()
-    return [
-        {"case_id": number, "requested_rewrite": request, "pre": pre}
-        for number, (request, pre) in enumerate(zip(requests, journal.entries))
-    ]
+    return [EditMetrics(number, request, pre) for number, (request, pre) in enumerate(zip(requests, journal.entries))]
 
 
-def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[Metrics], name: str, seed: int, bar: Bar) -> Summary:
+def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[EditMetrics], name: str, seed: int, bar: Bar) -> Summary:
     """Single edits, each measured and taken back."""
     journal = run.journal(f"{name}-{SINGLE}.jsonl")
     with bar(total=len(before), initial=len(journal.entries), desc=f"{name}, single edits") as progress:
         for entry in before[len(journal.entries) :]:
-            edit = timed_edit(editor, editor.model, entry["requested_rewrite"], seed)
+            edit = _tried(editor, editor.model, entry.requested_rewrite, seed)
             try:
-                post = _measure_after(editor, edit.model, entry, seed)
+                post = measure_after(editor, edit.model, entry, seed)
             finally:
-                host.undo_edits(editor, edit.originals)
+                algorithms.undo_edits(editor, edit.originals)
             journal.append({"time": edit.seconds, "post": post, **edit.trace})
             progress.set_postfix_str(_running(journal.entries), refresh=False)
             progress.update()
     metrics = [
-        entry | {key: done.get(key) for key in ("time", "memory", "post")} for entry, done in zip(before, journal.entries)
+        replace(entry, **{key: done.get(key) for key in ("time", "memory", "post", "error")})
+        for entry, done in zip(before, journal.entries)
     ]
-    run.write(f"metrics-{name}-{SINGLE}.json", metrics)
+    run.write(f"metrics-{name}-{SINGLE}.json", to_json(metrics))
     return summarise(name, SINGLE, metrics, "post")
 
 
-def _examples(metrics: Sequence[Metrics], n: int = 3) -> list[Example]:
+def _examples(metrics: Sequence[EditMetrics], n: int = 3) -> list[Example]:
     """Some edits in words, as far as the end of what the model says first."""
 
     def first_sentence(text: str) -> str:
@@ -306,9 +262,9 @@ def _examples(metrics: Sequence[Metrics], n: int = 3) -> list[Example]:
 
     return [
         Example(
-            entry["requested_rewrite"]["prompt"],
-            entry["requested_rewrite"]["target_new"],
-            *(first_sentence(entry[phase]["generated"]["rewrite"]) for phase in ("pre", "post")),
+            entry.requested_rewrite["prompt"],
+            entry.requested_rewrite["target_new"],
+            *(first_sentence(phase["generated"]["rewrite"]) for phase in (entry.pre, entry.post)),
         )
         for entry in metrics[:n]
     ]
@@ -323,7 +279,7 @@ _REMEMBERED, _PROTECTED = "remembered:", "protected:"
 def _edit_in_sequence(
     run: RunFolder,
     editor: Any,
-    before: Sequence[Metrics],
+    before: Sequence[EditMetrics],
     name: str,
     seed: int,
     checkpoints: Sequence[int],
@@ -339,7 +295,7 @@ def _edit_in_sequence(
     """
     journal = run.journal(f"{name}-{SEQUENTIAL}.jsonl")
     weights, notes = run.read_weights(f"weights-{name}.safetensors")
-    in_weights, resumes = host.edits_weights(editor.hparams), host.can_resume(editor.hparams)
+    in_weights, resumes = algorithms.edits_weights(editor.hparams), algorithms.can_resume(editor.hparams)
     complete = not resumes and (run.path / f"metrics-{name}-{SEQUENTIAL}.json").exists()
     finished = len(before) if complete else notes.get("edits", 0)
     journal.cut(finished)
@@ -349,54 +305,67 @@ def _edit_in_sequence(
     )
     edited, originals, rows = editor.model, {}, []
     if weights and not in_weights:  # any edit makes the adapter that the saved weights belong in
-        edited = timed_edit(editor, editor.model, before[0]["requested_rewrite"], seed).model
+        edited = timed_edit(editor, editor.model, before[0].requested_rewrite, seed).model
     elif weights:
         originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
     try:
         write(edited, weights)
-        host.set_memory(notes.get("contexts", {}), remembered)
+        algorithms.set_memory(notes.get("contexts", {}), remembered)
         if protected:
-            mom2.protect_keys(edited, editor.tok, editor.hparams, protected)
+            kdpo_c.protect_keys(edited, editor.tok, editor.hparams, protected)
         saved_at = time.monotonic()
         with bar(total=len(before), initial=finished, desc=f"{name}, sequential edits") as progress:
             for checkpoint in checkpoints:
                 for entry in before[len(journal.entries) : checkpoint]:
-                    edit = timed_edit(editor, edited, entry["requested_rewrite"], seed + len(journal.entries))
+                    edit = _tried(editor, edited, entry.requested_rewrite, seed + len(journal.entries))
                     edited, originals = edit.model, edit.originals | originals
-                    journal.append({"time": edit.seconds, **edit.trace})
+                    journal.append({"time": edit.seconds, **edit.trace, **_norms(edited, originals)})
                     progress.set_postfix_str(_running(journal.entries), refresh=False)
                     progress.update()
                     made = len(journal.entries)
                     due = made - finished >= _SAVE_EDITS or time.monotonic() - saved_at >= _SAVE_SECONDS
                     if resumes and (due or made == checkpoint):
-                        contexts, tensors = host.memory()
-                        names = originals if in_weights else host.adapter_weights(edited)
+                        contexts, tensors = algorithms.memory()
+                        names = originals if in_weights else algorithms.adapter_weights(edited)
                         saved = read(edited, names)
                         saved |= {_REMEMBERED + key: tensor for key, tensor in tensors.items()}
-                        saved |= {_PROTECTED + key: kept for key, kept in mom2.protected_keys(edited).items()}
+                        saved |= {_PROTECTED + key: kept for key, kept in kdpo_c.protected_keys(edited).items()}
                         run.write_weights(f"weights-{name}.safetensors", saved, {"edits": made, "contexts": contexts})
                         finished, saved_at = made, time.monotonic()
 
                 last = checkpoint == checkpoints[-1]
                 file = f"metrics-{name}-{SEQUENTIAL}{'' if last else f'-at-{checkpoint}'}.json"
-                metrics = run.read(file)
-                if metrics is None:
-                    metrics = []
+                metrics = from_json(EditMetrics, run.read(file) or [])
+                if not metrics:
                     described = f"{name}, metrics after {checkpoint} edits"
                     pairs = zip(before[:checkpoint], journal.entries)
                     for entry, done in bar(pairs, total=checkpoint, desc=described, leave=last):
-                        post = _measure_after(editor, edited, entry, seed)
-                        metrics.append(entry | {"time": done["time"], "memory": done.get("memory"), "post": post})
-                    run.write(file, metrics)
+                        post = measure_after(editor, edited, entry, seed)
+                        metrics.append(replace(entry, post=post, **{key: done.get(key) for key in ("time", "memory", "error")}))
+                    run.write(file, to_json(metrics))
                 rows.append(summarise(name, SEQUENTIAL, metrics, "post"))
         if save_edits:
-            requests = [entry["requested_rewrite"] for entry in before]
-            edits.save_edits(save_edits, edited, originals, requests, plain(editor.hparams))
+            requests = [entry.requested_rewrite for entry in before]
+            write_edits(save_edits, edited, originals, requests, plain(editor.hparams))
         if save_model:
             _save_model(edited, save_model)
     finally:
-        host.undo_edits(editor, originals)
+        algorithms.undo_edits(editor, originals)
     return rows
+
+
+def _norms(model: Any, originals: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The Frobenius norm of the edited weights, and that of their change so far over the norm that they began with."""
+    if not originals:
+        return {}
+    now = read(model, originals)
+
+    def norm(tensors: Iterable[torch.Tensor]) -> float:
+        return math.hypot(*(tensor.float().norm().item() for tensor in tensors))
+
+    before = norm(originals.values())
+    changes = (now[name].float() - original.to(now[name].device).float() for name, original in originals.items())
+    return {"weight_norm": norm(now.values()), "change_norm": norm(changes) / before}
 
 
 def _save_model(model: Any, folder: Path) -> None:
@@ -410,12 +379,14 @@ def _save_model(model: Any, folder: Path) -> None:
         unfinished.rename(folder)
 
 
-def _running(entries: Sequence[Metrics]) -> str:
+def _running(entries: Sequence[dict[str, Any]]) -> str:
     """What a progress bar says of the edits so far."""
-    said = [e["final_token_accuracy"] for e in entries]
+    said = [e["final_token_accuracy"] for e in entries if "error" not in e]
     steps = [e["steps"] for e in entries if "steps" in e]
     words = [f"edit success {np.mean(said):.0%}"] if said else []
-    return ", ".join(words + ([f"{np.mean(steps):.1f} steps an edit"] if steps else []))
+    words += [f"{np.mean(steps):.1f} steps an edit"] if steps else []
+    failed = sum("error" in e for e in entries)
+    return ", ".join(words + ([f"{failed} failed"] if failed else []))
 
 
 @dataclass(frozen=True)
@@ -424,20 +395,34 @@ class Edit:
 
     model: Any
     originals: dict[str, torch.Tensor]
-    seconds: float
+    seconds: float | None
     trace: dict[str, Any]
+
+
+def _tried(editor: Any, model: Any, request: Request, seed: int) -> Edit:
+    """:func:`timed_edit`; where the edit cannot be made (no memory, a prompt too long, no finite loss), the model as it was."""
+    try:
+        return timed_edit(editor, model, request, seed)
+    except (host.HostError, HParamsError):  # so it would be with every edit, and the message says what to do
+        raise
+    except Exception as error:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        LOG.warning("%s could not edit %r: %s", editor.hparams.alg_name, request["prompt"], reason)
+        return Edit(model, {}, None, {"error": reason})
 
 
 def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
     """One edit by an editor's method; of KDPO with its trace, of others with ``final_token_accuracy`` alone."""
-    _seed_everything(seed)
+    seed_everything(seed)
     traces: list[EditTrace] = []
-    model = host.model_to_edit(editor, model)
+    model = algorithms.model_to_edit(editor, model)
     peak = PeakMemory(editor.device)
+    synchronize()
     started = time.perf_counter()
-    edited, originals = host.apply_edit(editor, model, request, traces)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    edited, originals = algorithms.apply_edit(editor, model, request, traces)
+    synchronize()
     seconds = time.perf_counter() - started
     trace: dict[str, Any] = {"memory": peak.bytes()}
     if traces:
@@ -447,167 +432,20 @@ def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
     return Edit(edited, originals, seconds, trace)
 
 
-def token_accuracy(model: Any, tok: Any, request: Request) -> float:
-    """The share of the target's tokens that the model says under teacher forcing."""
-    logits, targets = _target_logits(model, tok, request)
-    return (teacher_forced_negatives(logits) == targets).double().mean().item()
-
-
-def target_probability(model: Any, tok: Any, request: Request) -> float:
-    """How likely the model is to say the whole target: the product of its tokens' probabilities under teacher forcing."""
-    logits, targets = _target_logits(model, tok, request)
-    log_probs = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1))
-    return math.exp(sum(log_probs.flatten().tolist()))
-
-
-def _target_logits(model: Any, tok: Any, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits ``[T, V]`` of the positions that predict the target's tokens, and those tokens, int64 ``[T]``."""
-    tokens = edit_tokens(tok, request["prompt"], request["target_new"], model.device)
-    with torch.no_grad():
-        return model(input_ids=tokens.input_ids).logits[0, tokens.prompt_length - 1 : -1], tokens.targets
-
-
-def _measure(editor: Any, model: Any, request: Request, seed: int) -> Metrics:
-    """EasyEdit's metrics; beside them, what the model writes on its own, and whether that answers with the target."""
-    _seed_everything(seed)  # so that what fluency samples does not hang on what was measured before
-    metrics = host.edit_quality(editor, model, request)
-    metrics["generated"] = {}
-    for key, prompt in (("rewrite", request["prompt"]), ("rephrase", request.get("rephrase_prompt"))):
-        if prompt:
-            text = continuation(model, editor.tok, prompt, request["target_new"])
-            metrics["generated"] |= {key: text, f"{key}_acc": float(answers(text, request["target_new"]))}
-    return metrics
-
-
-def _measure_after(editor: Any, model: Any, entry: Metrics, seed: int) -> Metrics:
-    """EasyEdit's metrics of an edited model, with locality: the share of tokens that it says as it did before the edit."""
-    post = _measure(editor, model, entry["requested_rewrite"], seed)
-    before, after = entry["pre"]["locality"], post["locality"]
-    for kind in entry["requested_rewrite"]["locality"]:
-        pairs = zip(before[f"{kind}_output"], after[f"{kind}_output"], strict=True)
-        after[f"{kind}_acc"] = [float(np.mean(np.equal(old, new))) for old, new in pairs]
-    return post
-
-
-def per_edit(metrics: Sequence[Metrics], phase: str) -> dict[str, list[float | None]]:
-    """A :class:`Summary`'s measures of every edit, each the mean over the edit's prompts; None where it has none."""
-
-    def mean(value: Any, scale: float = 100.0) -> float | None:
-        return float(np.mean(value)) * scale if np.size(value) else None
-
-    def section(entry: Metrics, name: str) -> list[float]:
-        return [score for key, scores in entry[phase][name].items() if key.endswith("_acc") for score in scores]
-
-    return {
-        "edit_success": [mean(entry[phase]["rewrite_acc"]) for entry in metrics],
-        "generalization": [mean(entry[phase].get("rephrase_acc", [])) for entry in metrics],
-        "locality": [mean(section(entry, "locality")) for entry in metrics],
-        "portability": [mean(section(entry, "portability")) for entry in metrics],
-        "fluency": [mean(entry[phase]["fluency"]["ngram_entropy"], scale=1) for entry in metrics],
-        "generated_success": [mean(entry[phase]["generated"]["rewrite_acc"]) for entry in metrics],
-        "generated_generalization": [mean(entry[phase]["generated"].get("rephrase_acc", [])) for entry in metrics],
-        "seconds_per_edit": [entry.get("time") for entry in metrics],
-        "megabytes_per_edit": [memory / 1e6 if (memory := entry.get("memory")) is not None else None for entry in metrics],
-    }
-
-
-def summarise(method: str, protocol: str, metrics: Sequence[Metrics], phase: str) -> Summary:
-    """The means of a run's metrics over its edits, with intervals; of the memory, the median.
-
-    Args:
-        metrics: EasyEdit's, one entry an edit.
-        phase: ``"pre"`` or ``"post"``.
-    """
-    values = {key: [v for v in found if v is not None] for key, found in per_edit(metrics, phase).items()}
-    # What a first edit loads once, and keeps, is no part of what an edit takes.
-    centre = {key: np.median if key == "megabytes_per_edit" else np.mean for key in values}
-    means = {key: round(float(centre[key](found)), 4) if found else None for key, found in values.items()}
-    intervals = {key: _interval(found) for key, found in values.items() if len(found) > 1 and key in MEASURES}
-    return Summary(method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, **means)
-
-
-def _interval(values: Sequence[float], resamples: int = 1000) -> list[float]:
-    """The 95 % confidence interval of a mean."""
-    drawn = bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(0))
-    return [round(float(end), 4) for end in drawn.confidence_interval]
-
-
-def paired_tests(values: Mapping[tuple[str, str], Mapping[str, Sequence[float | None]]]) -> list[PairedTest]:
-    """Every method held against KDPO, or against the first one where KDPO is not there, under the same protocol.
-
-    Args:
-        values: of every method and protocol, as :func:`per_edit` gives them, over the same edits.
-    """
-    found = []
-    for protocol in dict.fromkeys(protocol for _, protocol in values):
-        rows = {method: of for (method, its), of in values.items() if its == protocol}
-        against = "KDPO" if "KDPO" in rows else next(iter(rows))
-        others = [method for method in rows if method != against]
-        for measure in MEASURES:
-            pairs = {method: zip(rows[method][measure], rows[against][measure], strict=True) for method in others}
-            differences = {
-                method: [a - b for a, b in both if a is not None and b is not None] for method, both in pairs.items()
-            }
-            p_values = {method: _p_value(of) for method, of in differences.items() if of}
-            for method, corrected in _holm(p_values).items():
-                of = differences[method]
-                mean = round(float(np.mean(of)), 4)
-                found.append(PairedTest(protocol, measure, method, against, len(of), mean, p_values[method], corrected))
-    return found
-
-
-def _p_value(differences: Sequence[float]) -> float:
-    """Of a mean difference, two-sided, by flipping signs: in all ways where few differ, else in 9999 at random."""
-    moved = [difference for difference in differences if difference]  # the sign of nothing makes no difference
-    if len(moved) < 2:
-        return 1.0
-    rng = np.random.default_rng(0)
-    test = permutation_test((moved,), np.sum, permutation_type="samples", vectorized=True, batch=1000, rng=rng)
-    return round(float(test.pvalue), 6)
-
-
-def _holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's correction of p-values of one family; in the order they come in."""
-    corrected: dict[str, float] = {}
-    least = 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
-        corrected[name] = round(least, 6)
-    return {name: corrected[name] for name in p_values}
-
-
 def _compare_rows(run: RunFolder, rows: Sequence[Summary]) -> list[PairedTest]:
     """Tests between the methods; what EasyEdit itself makes of the metrics, where it makes something, is put beside them."""
     values, theirs = {}, []
     for row in rows:
-        metrics = run.read(f"metrics-{row.method}-{row.protocol}.json")
+        metrics = from_json(EditMetrics, run.read(f"metrics-{row.method}-{row.protocol}.json"))
         values[row.method, row.protocol] = per_edit(metrics, "post")
-        summary = host.own_summary(metrics)
+        summary = own_summary(to_json(metrics))
         if summary is not None:
             theirs.append({"method": row.method, "protocol": row.protocol} | summary["post"])
     tests = paired_tests(values)
-    run.write("tests.json", [asdict(test) for test in tests])
+    run.write("tests.json", to_json(tests))
     if theirs:
         run.write("easyedit-summary.json", theirs)
     return tests
-
-
-def continuation(model: Any, tok: Any, prompt: str, target: str) -> str:
-    """What the model writes after a prompt, greedily, to the end of the line, with a little more room than the target needs."""
-    inputs = tok(prompt, return_tensors="pt").to(model.device)
-    room = len(tok(f" {target}")["input_ids"]) + 8
-    if limit := getattr(model.config, "max_position_embeddings", None):
-        room = max(1, min(room, limit - inputs["input_ids"].shape[1]))
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=tok.pad_token_id)
-    text = tok.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    return text.partition("\n")[0]
-
-
-def answers(text: str, target: str) -> bool:
-    """Whether a text begins with the target: the same words, whatever their case and the punctuation between them."""
-    said, wanted = (re.findall(r"\w+", words.casefold()) for words in (text, target))
-    return said[: len(wanted)] == wanted if wanted else text.startswith(target.strip())
 
 
 def _check_room(requests: Sequence[Request], model: Any, tok: Any) -> None:
@@ -623,24 +461,13 @@ def _check_room(requests: Sequence[Request], model: Any, tok: Any) -> None:
             check_length(f"edit {number} ({request['prompt'][:60]!r}…): {what}", text, model, tok)
 
 
-def check_length(what: str, text: str, model: Any, tok: Any) -> None:
-    """Whether a model has room for a text.
-
-    Raises:
-        DatasetError: it has not; the message begins with ``what``.
-    """
-    room, length = getattr(model.config, "max_position_embeddings", None), len(tok(text)["input_ids"])
-    if room and length > room:
-        raise DatasetError(f"{what} have {length} tokens, and the model takes {room}")
-
-
 def _powers_of_ten(end: int) -> list[int]:
     return [10**n for n in range(len(str(end)))]
 
 
 def _machine(device: Any) -> str:
     """What runs the edits, in words: their seconds hang on it."""
-    name = torch.device(device if not str(device).isdigit() else f"cuda:{device}")
+    name = torch.device(device_name(device))
     if name.type == "cuda":
         return torch.cuda.get_device_name(name)
     return f"{name.type} of {platform.machine()}, threads: {torch.get_num_threads()}"
@@ -663,9 +490,3 @@ def editor_of(method: Method, loaded: Any, protocol: str) -> Any:
     hparams.model_name = (loaded.model, loaded.tok)
     hparams.sequential_edit = protocol == SEQUENTIAL  # KDPO and WISE ask for it
     return host.BaseEditor(hparams)
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

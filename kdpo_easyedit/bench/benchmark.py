@@ -1,13 +1,12 @@
 """What an edit costs: the straightforward form of the method against this package's, in one run.
 
-``python -m kdpo_easyedit.benchmark`` makes the same edit in both forms on one model of random weights, several times in
+``kdpo benchmark`` makes the same edit in both forms on one model of random weights, several times in
 turn, and prints the medians, their ratios, and the floor: the time in which this machine could move the bytes, or do the
 operations, that a step cannot do without. With ``--mom2`` it makes the edit with KDPO and with KDPO+C instead.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
@@ -18,38 +17,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from .hparams import KDPOHyperParams
-from .kdpo_main import execute, execute_kdpo
-from .mom2 import Usage
+from ..devices import synchronize
+from ..method.config import KDPOHyperParams
+from ..method.kdpo import execute, execute_kdpo
+from ..method.kdpo_c import Usage
+from ..method.weights import runs_on
 from .peak import PeakMemory
-from .weights import runs_on
-
-#: The module names of the layouts that it knows: Llama's and GPT-2's.
-MODULES: list[dict[str, Any]] = [
-    {
-        "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
-        "layer_module_tmp": "model.layers.{}",
-        "mlp_module_tmp": "model.layers.{}.mlp",
-        "attn_module_tmp": "model.layers.{}.self_attn",
-        "ln_f_module": "model.norm",
-        "lm_head_module": "lm_head",
-    },
-    {
-        "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
-        "layer_module_tmp": "transformer.h.{}",
-        "mlp_module_tmp": "transformer.h.{}.mlp",
-        "attn_module_tmp": "transformer.h.{}.attn",
-        "ln_f_module": "transformer.ln_f",
-        "lm_head_module": "lm_head",
-    },
-]
 
 
 @dataclass(frozen=True)
@@ -279,13 +257,6 @@ def measure_usage(model: PreTrainedModel, hparams: KDPOHyperParams, tokens: int 
     return UsageCost(factorisation, usage.inverse.nbytes, **medians)
 
 
-def print_usage(cost: UsageCost, console: Console) -> None:
-    """KDPO and KDPO+C side by side."""
-    console.print(f"factorising the statistics, once a model: {cost.factorisation:.1f} s, {cost.inverse / 1e6:.0f} MB kept")
-    console.print(f"seconds an edit: KDPO {cost.plain:.3f}, KDPO+C {cost.aware:.3f}, {cost.aware / cost.plain:.2f} × as long")
-    console.print(f"of which S times the keys: {cost.products:.3f}, letting the keys count: {cost.update:.3f}")
-
-
 def _numbers(text: str) -> dict[str, list[int]]:
     """A tokenizer of texts that are token numbers."""
     return {"input_ids": [int(word) for word in text.split()]}
@@ -293,10 +264,7 @@ def _numbers(text: str) -> dict[str, list[int]]:
 
 def _now() -> float:
     """Seconds, once the device has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    if torch.backends.mps.is_available():
-        torch.mps.synchronize()
+    synchronize()
     return time.perf_counter()
 
 
@@ -356,55 +324,10 @@ def _rate(like: Tensor, n: int = 2048, repeats: int = 5) -> float:
     return 2 * n**3 / seconds
 
 
-def print_result(result: Result, console: Console) -> None:
-    """The two forms side by side, and how far the engine is from the floor."""
-    slow, fast = result.straightforward, result.engine
-    table = Table()
-    for heading in ("", "straightforward", "engine", "ratio"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for label, a, b, shown in (
-        ("seconds a step", slow.step, fast.step, "{:.4f}"),
-        ("seconds an edit", slow.edit, fast.edit, "{:.3f}"),
-        ("MB beyond the model", slow.memory / 1e6, fast.memory / 1e6, "{:.0f}"),
-    ):
-        table.add_row(label, shown.format(a), shown.format(b), f"{a / b:.1f}")
-    console.print(table)
-    console.print(f"the two forms' losses differ by {result.loss_difference:.1e} at most")
-    console.print(f"the engine's memory is {fast.memory / result.weight_bytes:.1f} × that of W in float32")
-    console.print(f"the floor of a step is {result.floor:.4f} s; the engine takes {fast.step / result.floor:.1f} × as long")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdpo_easyedit.benchmark", description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="architecture, with random weights (default: small)")
-    parser.add_argument(
-        "--model", metavar="PATH", help="a model of Llama's layout or GPT-2's instead; the layer two thirds up is edited"
-    )
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda:0, mps … (default: cpu)")
-    parser.add_argument("--steps", type=int, default=8, help="of an edit (default: 8)")
-    parser.add_argument("--tokens", type=int, default=18, help="of prompt and target (default: 18)")
-    parser.add_argument("--repeats", type=int, default=5, help="how often each form is timed (default: 5)")
-    parser.add_argument("--mom2", action="store_true", help="KDPO against KDPO+C instead")
-    options = parser.parse_args(arguments)
-
-    model, layer = load(options.shape, options.model, getattr(torch, options.dtype), options.device)
-    hparams = hyper_params(model, layer, options.steps, options.device)
-    console = Console(highlight=False)
-    console.print(
-        f"{options.model or options.shape}, layer {layer} of {model.config.num_hidden_layers}, {options.tokens} tokens, "
-        f"{options.steps} steps, {options.dtype} on {options.device} ({torch.get_num_threads()} threads)"
-    )
-    if options.mom2:
-        print_usage(measure_usage(model, hparams, options.tokens, options.repeats), console)
-    else:
-        print_result(measure(model, hparams, options.tokens, repeats=options.repeats), console)
-
-
 def hyper_params(model: PreTrainedModel, layer: int, steps: int, device: str) -> KDPOHyperParams:
-    """The paper's hyper-parameters for a model of Llama's layout or GPT-2's."""
-    modules = next((m for m in MODULES if m["layer_module_tmp"].format(0) in dict(model.named_modules())), MODULES[0])
-    return KDPOHyperParams(alg_name="KDPO", model_name=(model, None), device=device, layers=[layer], num_steps=steps, **modules)
+    """The paper's hyper-parameters for a model."""
+    hparams = KDPOHyperParams(alg_name="KDPO", model_name=(model, None), device=device, layers=[layer], num_steps=steps)
+    return hparams.for_model(model)
 
 
 def load(shape: str, path: str | None, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, int]:
@@ -418,7 +341,3 @@ def load(shape: str, path: str | None, dtype: torch.dtype, device: str) -> tuple
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model, SHAPES[shape].layer
-
-
-if __name__ == "__main__":
-    main()

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from . import edits, host
-from .comparison import SINGLE, Method, check_length, continuation, editor_of, plain, target_probability, timed_edit
+from ..easyedit import host
+from ..easyedit import methods as algorithms
+from ..easyedit.loading import in_place
+from ..edits import save_edits as write_edits
 from .datasets import DatasetError, Request, flat
+from .measuring import check_length, continuation, target_probability
+from .protocols import Method, editor_of, plain, timed_edit
+from .schema import SINGLE
 
 #: The fields of a record that are prompts, and what they are shown as.
-_PROMPTS = {"prompt": "prompt", "rephrase_prompt": "rephrasing", "locality_prompt": "locality"}
+PROMPTS = {"prompt": "prompt", "rephrase_prompt": "rephrasing", "locality_prompt": "locality"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def edit_by_hand(
     """Make one edit with every method, each from the original model, and take it back.
 
     Args:
-        methods: all on the same model, as :func:`kdpo_easyedit.comparison.check` allows them.
+        methods: all on the same model, as :func:`kdpo_easyedit.bench.protocols.check` allows them.
         record: ``prompt``, ``target_new`` and, as far as there are any, ``rephrase_prompt``, ``locality_prompt``, ``subject``.
         seed: of all sampling.
         save_edits: a file to keep the edit of the one method in, for :func:`kdpo_easyedit.apply_edits`.
@@ -60,10 +61,10 @@ def edit_by_hand(
         HostError: a model or device that cannot be had.
     """
     request = check_record(methods, record)
-    prompts = {field: record[field] for field in _PROMPTS if record.get(field)}
+    prompts = {field: record[field] for field in PROMPTS if record.get(field)}
     save_edits = save_edits and save_edits.resolve()
-    methods = [Method(method.name, host.in_place(method.hparams)) for method in methods]
-    with tempfile.TemporaryDirectory() as logs, host.output_to(Path(logs)):
+    methods = [Method(method.name, in_place(method.hparams)) for method in methods]
+    with tempfile.TemporaryDirectory() as logs, algorithms.output_to(Path(logs)):
         first = host.BaseEditor(copy.copy(methods[0].hparams))
         for field, prompt in prompts.items():
             check_length(f"{field} and target_new", f"{prompt} {request['target_new']}", first.model, first.tok)
@@ -75,14 +76,14 @@ def edit_by_hand(
         found = [said(first.model, "(before)")]
         for method in methods:
             editor = editor_of(method, first, SINGLE)
-            host.set_memory()
+            algorithms.set_memory()
             edit = timed_edit(editor, editor.model, request, seed)
             try:
                 found.append(said(edit.model, method.name, edit.seconds, edit.trace))
                 if save_edits:
-                    edits.save_edits(save_edits, edit.model, edit.originals, [request], plain(editor.hparams))
+                    write_edits(save_edits, edit.model, edit.originals, [request], plain(editor.hparams))
             finally:
-                host.undo_edits(editor, edit.originals)
+                algorithms.undo_edits(editor, edit.originals)
     return found
 
 
@@ -105,41 +106,3 @@ def check_record(methods: Sequence[Method], record: dict[str, str]) -> Request:
                 f"subject is missing: {method.name} edits at it (fact_token: {fact_token}); give it as it is in the prompt"
             )
     return request
-
-
-def print_by_hand(record: dict[str, str], found: Sequence[Said], console: Console) -> None:
-    """What was said before and after, prompt by prompt, and a table of figures."""
-    console.print(Text.assemble("\n", (record["prompt"], "italic"), "  → ", (record["target_new"], "bold"), "\n"))
-    words = Table.grid(padding=(0, 2))
-    words.add_column(no_wrap=True)
-    words.add_column(overflow="fold")
-    for field in found[0].texts:
-        words.add_row(Text(_PROMPTS[field], style="bold"), Text(record[field], style="italic"))
-        for one in found:
-            words.add_row(f"  {one.name}", Text(one.texts[field] or "(nothing)", style="dim" if one is found[0] else ""))
-        words.add_row()
-    console.print(words)
-
-    figures = Table("method", title="the new answer", title_justify="left", title_style="bold")
-    for heading in ("probability", "steps", "cycles", "seconds"):
-        figures.add_column(heading, justify="right")
-    figures.add_column("why it ended")
-    for one in found:
-        trace = one.trace if "steps" in one.trace else None
-        figures.add_row(
-            one.name,
-            _percent(one.probability),
-            str(trace["steps"]) if trace else "–",
-            str(sum(map(bool, trace["losses"]))) if trace else "–",  # one that finds the target said does nothing
-            "–" if one.seconds is None else f"{one.seconds:.2f}",
-            trace["ended"] if trace else "–",
-            style="dim" if one is found[0] else "",
-        )
-    console.print(figures)
-    console.print("probability: of the whole answer, the product over its tokens", style="dim", highlight=False)
-
-
-def _percent(probability: float) -> str:
-    """A probability in percent: to two decimals, and below those to two digits."""
-    percent = 100 * probability
-    return f"{percent:.2f} %" if percent >= 0.01 or percent == 0 else f"{percent:.1e} %"

@@ -6,6 +6,7 @@ hook that accelerate has put on the module knows the real ones.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -36,6 +37,11 @@ def write(model: nn.Module, weights: Weights) -> None:
                 _replace(_hook(module).weights_map, key, weight.to("cpu", parameter.dtype, copy=True))
             else:
                 parameter.copy_(weight)
+
+
+def fingerprint(weight: Tensor) -> str:
+    """The SHA-256 of a weight's bytes."""
+    return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def runs_on(module: nn.Module) -> torch.device:

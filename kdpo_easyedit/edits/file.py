@@ -7,7 +7,6 @@ model it is for, which edits it makes, and how.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import whole
-from .weights import Weights, read, write
+from ..files import whole
+from ..method.weights import Weights, fingerprint, read, write
 
 _HEADER = "kdpo_easyedit"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -109,11 +108,6 @@ def edits_applied(model: nn.Module, path: str | Path) -> Iterator[None]:
         yield
     finally:
         revert_edits(model, path)
-
-
-def fingerprint(weight: Tensor) -> str:
-    """The SHA-256 of a weight's bytes."""
-    return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _bits(weight: Tensor) -> Tensor:

@@ -1,28 +1,22 @@
-"""Tables and pictures of a comparison."""
+"""Tables of a comparison."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .comparison import MEASURES, SEQUENTIAL, SINGLE, Comparison, Example, PairedTest, Summary
-from .files import whole
+from ..bench.protocols import Comparison, Example
+from ..bench.schema import MEASURES, SEQUENTIAL, SINGLE, PairedTest, Summary
+from .results import Results
 
-# A Summary's measures as the field names them.
-_MEASURES = {
+#: A Summary's measures as the field names them.
+NAMES = {
     "edit_success": "edit success",
     "generalization": "generalization",
     "portability": "portability",
@@ -39,6 +33,26 @@ PROTOCOLS = {
 }
 _SIGNIFICANT = 0.05
 _MARK = "†"
+#: The columns of a table with two lines of headings each.
+COLUMNS = {
+    "edit_success": ("edit success", "forced"),
+    "generated_success": ("edit success", "written"),
+    "generalization": ("generalization", "forced"),
+    "generated_generalization": ("generalization", "written"),
+    "portability": ("portability", ""),
+    "locality": ("locality", ""),
+    "fluency": ("fluency", "bits"),
+    "seconds_per_edit": ("an edit takes", "seconds"),
+    "megabytes_per_edit": ("an edit takes", "MB"),
+}
+#: What has to be said of the columns.
+NOTES = (
+    "In percent, with 95 % confidence intervals (Wilson's over the edits; of fluency by bootstrap); the best in bold.",
+    "forced: the share of the target's tokens that the model says under teacher forcing; written: how often it writes the "
+    "target on its own.",
+    "fluency: n-gram entropy. (before): the unedited model on the same prompts.",
+    "MB: the most memory that an edit takes beyond what was taken before it; the median over the edits.",
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ def shown(key: str, value: float | None) -> str:
 
 
 def print_ablation(comparison: Comparison, console: Console) -> None:
-    """One table for :func:`kdpo_easyedit.comparison.ablation`: a row a method and checkpoint, the best there in bold."""
+    """One table for :func:`kdpo_easyedit.bench.protocols.ablation`: a row a method and checkpoint, the best there in bold."""
     table = Table(title="sequential edits, all measured on the model at that point", title_justify="left", title_style="bold")
     table.add_column("negatives")
     for heading in ("edit\nsuccess", "general-\nization", "port-\nability", "locality", "fluency"):
@@ -106,11 +120,11 @@ def print_ablation(comparison: Comparison, console: Console) -> None:
         table.add_row(Text(f"after {n_edits} edits", style="italic"))
         for row in rows:
             cells = []
-            for key in _MEASURES:
+            for key in NAMES:
                 value = getattr(row, key)
-                shown = "–" if value is None else f"{value:.2f}" if key == "fluency" else f"{value:.1f}"
-                shown += f" ({getattr(row, _GENERATED[key]):.0f})" if value is not None and key in _GENERATED else ""
-                cells.append(Text(shown, style="bold" if value is not None and value == _best(rows, key) else ""))
+                text = shown(key, value)
+                text += f" ({getattr(row, _GENERATED[key]):.0f})" if value is not None and key in _GENERATED else ""
+                cells.append(Text(text, style="bold" if value is not None and value == _best(rows, key) else ""))
             table.add_row(row.method, *cells)
     console.print(table)
     console.print(
@@ -147,7 +161,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
             table.add_column(heading, justify="right")
         for method, cells in methods.items():
             row = []
-            for key in (*_MEASURES, "seconds_per_edit"):
+            for key in (*NAMES, "seconds_per_edit"):
                 cell = cells[key]
                 generated = cells[_GENERATED[key]].value if key in _GENERATED else None
                 brackets = "" if generated is None else f" ({generated:.0f})"
@@ -174,73 +188,11 @@ def print_examples(method: str, examples: Sequence[Example], console: Console) -
     console.print()
 
 
-def radar_chart(comparison: Comparison, path: Path) -> None:
-    """The paper's figure: a polygon a method over the five measures, one chart a protocol, as a PNG.
-
-    Percentages run from 0 to 100; fluency from 0 to the highest value of any row.
-    """
-    protocols = list(dict.fromkeys(row.protocol for row in comparison.rows))
-    highest = max((row.fluency or 0 for row in (comparison.before, *comparison.rows)), default=0) or 1
-    angles = [2 * math.pi * i / len(_MEASURES) for i in range(len(_MEASURES))]
-    figure, axes = plt.subplots(
-        1, len(protocols), figsize=(6.8 * len(protocols), 6), subplot_kw={"projection": "polar"}, squeeze=False
-    )
-    for axis, protocol in zip(axes[0], protocols):
-        axis.set_theta_offset(math.pi / 2)
-        axis.set_theta_direction(-1)
-        axis.set_ylim(0, 100)
-        axis.set_yticks([25, 50, 75, 100], labels=["25", "50", "75", "100"], color="0.5", fontsize=8)
-        axis.set_rlabel_position(math.degrees(angles[1] / 2))  # between two spokes, where no polygon has a corner
-        axis.set_xticks(angles, labels=list(_MEASURES.values()), fontsize=11)
-        for angle, label in zip(angles, axis.get_xticklabels()):  # labels stand outside the circle
-            side = math.sin(angle)
-            label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
-        axis.tick_params(axis="x", pad=6)
-        axis.grid(color="0.85")
-        axis.spines["polar"].set_color("0.85")
-        rows = [row for row in comparison.rows if row.protocol == protocol]
-        for number, row in enumerate(rows):
-            values = [getattr(row, key) or 0 for key in _MEASURES]
-            values[-1] *= 100 / highest
-            line = axis.plot([*angles, 0], [*values, values[0]], label=row.method, linewidth=2, color=f"C{number}")
-            axis.fill([*angles, 0], [*values, values[0]], color=line[0].get_color(), alpha=0.04)
-        axis.set_title(f"{rows[0].n_edits} {protocol} edits", fontsize=13, pad=24)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(handles), frameon=False, fontsize=11)
-    figure.tight_layout(rect=(0, 0.06, 1, 0.98), w_pad=3)
-    _save(figure, path)
+def short_name(model: str) -> str:
+    """A model's name on the hub, or the name of its folder."""
+    return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
 
 
-def curve_chart(curve: Sequence[Summary], path: Path) -> None:
-    """Each measure over the number of sequential edits, all of them measured at that point: a line a method, as a PNG."""
-    methods = list(dict.fromkeys(row.method for row in curve))
-    ticks = sorted({row.n_edits for row in curve})
-    figure, axes = plt.subplots(1, len(_MEASURES), figsize=(3.1 * len(_MEASURES), 3.4))
-    for axis, (key, label) in zip(axes, _MEASURES.items()):
-        for number, method in enumerate(methods):
-            points = [
-                (row.n_edits, getattr(row, key)) for row in curve if row.method == method and getattr(row, key) is not None
-            ]
-            axis.plot(
-                *(zip(*points) if points else ([], [])), "o-", label=method, color=f"C{number}", linewidth=2, markersize=4
-            )
-        axis.set_title(label, fontsize=12)
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, labels=[str(n) for n in ticks])
-        axis.minorticks_off()
-        axis.set_xlabel("edits")
-        axis.set_ylim(0, 1.15 * axis.get_ylim()[1] if key == "fluency" else 104)
-        axis.grid(color="0.9")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("percent")
-    axes[-1].set_ylabel("bits")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(handles), frameon=False, fontsize=11)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with whole(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130)
-    plt.close(figure)
+def title(result: Results) -> str:
+    """What a section on one model and its edits is called."""
+    return f"{short_name(result.model)}, {result.settings['data'] or 'edits without a name'}"

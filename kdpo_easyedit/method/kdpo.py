@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import mom2
-from .hparams import KDPOHyperParams
-from .mom2 import SteepestDescent, Usage
+from . import kdpo_c
+from .config import KDPOHyperParams
+from .kdpo_c import SteepestDescent, Usage
 from .preference import (
     EditTokens,
     edit_tokens,
@@ -22,7 +22,7 @@ from .preference import (
     sequence_margin,
     teacher_forced_negatives,
 )
-from .suffix import EditedWeights, Suffix, frozen, projecting_with
+from .replay import EditedWeights, Suffix, frozen, projecting_with
 from .weights import Weights, read, runs_on, write
 
 
@@ -92,7 +92,7 @@ def apply_kdpo_to_model(
     for request in requests:
         _check_request(request)
     originals = {name: weight.clone() for name, weight in read(model, hparams.edited_parameters(model)).items()}
-    usages = mom2.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
+    usages = kdpo_c.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
     try:
         for request in requests:
             weights, trace, usages = execute(model, tok, request, hparams, usages)
@@ -100,7 +100,7 @@ def apply_kdpo_to_model(
             if traces is not None:
                 traces.append(trace)
         if usages:
-            mom2.remember(model, usages)
+            kdpo_c.remember(model, usages)
     except BaseException:
         write(model, originals)
         raise
@@ -126,7 +126,7 @@ def execute_kdpo(
     """
     hparams.validate()
     _check_request(request)
-    usages = mom2.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
+    usages = kdpo_c.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
     weights, trace, _ = execute(model, tok, request, hparams, usages)
     return weights, trace
 
@@ -135,6 +135,7 @@ def execute(
     model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams, usages: dict[str, Usage]
 ) -> tuple[Weights, EditTrace, dict[str, Usage]]:
     """:func:`execute_kdpo`; KDPO+C is told what the projections are used for, and tells it with this edit among it."""
+    hparams = hparams.for_model(model)
     originals = read(model, hparams.edited_parameters(model))
     edit = edit_tokens(tok, request["prompt"], request["target_new"], runs_on(model.get_input_embeddings()))
     room = getattr(model.config, "max_position_embeddings", None)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import whole
+from ..files import json_text, whole
 
 #: What a run writes, and so what ``overwrite`` removes.
 _OURS = (
@@ -80,7 +80,7 @@ class RunFolder:
         else:
             there = {key: value for key, value in self.read("run.json").items() if key != "about"}
             found = differences(there, self.settings)
-            if found:
+            if found and any(self.path.glob("*.jsonl")):  # else it was given up before anything was measured
                 raise RunError(
                     f"{self.path}: the folder holds another run: {'; '.join(found)}. Name another folder, or start "
                     "anew in this one with --overwrite"
@@ -90,7 +90,7 @@ class RunFolder:
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file whole or not at all."""
         with _whole(self.path / name) as unfinished:
-            unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+            unfinished.write_text(json_text(content, indent=1), encoding="utf-8")
 
     def read(self, name: str) -> Any:
         """The content of a JSON file, or None where there is none.
@@ -153,7 +153,7 @@ class Journal:
 
     def append(self, entry: Any) -> None:
         """Add a line."""
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        line = json_text(entry).encode() + b"\n"
         with _told(self.path), self.path.open("ab") as file:
             file.write(line)
             file.flush()

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .weights import Weights, stored
 
 if TYPE_CHECKING:
-    from .mom2 import Change
+    from .kdpo_c import Change
 
 LOG = logging.getLogger(__name__)
 #: The edited weights in an edit under way: W itself, or a change of it.

@@ -1,0 +1,5 @@
+"""``python -m kdpo_easyedit``: the command line."""
+
+from .cli.main import main
+
+raise SystemExit(main())

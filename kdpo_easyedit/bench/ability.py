@@ -1,0 +1,81 @@
+"""What a model can still do: how well it reads ordinary text that no edit is about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Batching, in_batches, logits_at, network, running
+
+#: How much text is read, in tokens, and in passages of at most how many.
+TOKENS, PASSAGE = 2000, 128
+# Of every so many positions one is compared as a whole distribution, which takes room.
+_EVERY = 32
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads a text.
+
+    Attributes:
+        loss: of every token that is predicted, −log π(token | the passage up to there), in nats; float32, ``[N]``.
+        distributions: log π of all tokens at every 32nd of these positions; float32, ``[N / 32, V]``, on the CPU.
+    """
+
+    loss: Tensor
+    distributions: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean loss."""
+        return math.exp(self.loss.double().mean().item())
+
+    def divergence(self, before: Reading) -> float:
+        """The mean of KL(before ‖ this) over the compared positions, in nats: how far next-token distributions have moved."""
+        old, new = before.distributions, self.distributions
+        return (old.exp() * (old - new)).sum(-1).mean().item()
+
+
+def read(model: Any, tok: Any, texts: Sequence[str], tokens: int = TOKENS, batching: Batching = Batching()) -> Reading:
+    """Let a model read passages, up to a number of tokens.
+
+    Args:
+        model: a causal language model, or what a method has wrapped around one.
+        texts: passages, in the order in which they are read; one that is longer than :data:`PASSAGE` tokens is cut.
+
+    Raises:
+        ValueError: there is nothing to read.
+    """
+    passages: list[list[int]] = []
+    for text in texts:
+        ids = tok(text, truncation=True, max_length=PASSAGE)["input_ids"]
+        if len(ids) > 1:
+            passages.append(ids)
+        if sum(map(len, passages)) >= tokens:
+            break
+    if not passages:
+        raise ValueError("the text for perplexity holds no passage of two tokens or more")
+    device = network(model).device
+
+    def run(batch: list[int]) -> list[tuple[Tensor, Tensor]]:
+        width = max(len(passages[number]) for number in batch)
+        ids, mask, wanted = (torch.zeros(len(batch), width, dtype=kind) for kind in (torch.long, torch.long, torch.bool))
+        for row, number in enumerate(batch):
+            length = len(passages[number])
+            ids[row, :length], mask[row, :length], wanted[row, : length - 1] = torch.tensor(passages[number]), 1, True
+        logits, _ = logits_at(model, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, wanted)
+        found, sizes = [], [len(passages[number]) - 1 for number in batch]
+        for number, its in zip(batch, logits.split(sizes)):
+            log_probs = its.float().log_softmax(-1)
+            following = torch.tensor(passages[number][1:], device=log_probs.device).unsqueeze(-1)
+            found.append((-log_probs.gather(-1, following).squeeze(-1).cpu(), log_probs[::_EVERY].cpu()))
+        return found
+
+    with running(model, batching):
+        read = in_batches(run, list(map(len, passages)), batching.tokens or 512, 1 if batching.one_by_one else None)
+    return Reading(torch.cat([loss for loss, _ in read]), torch.cat([distribution for _, distribution in read]))

@@ -1,0 +1,116 @@
+"""What a run's files hold: one dataclass each, for those who write them and those who read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+#: The version of these files, as ``run.json`` has it. Version 1, which has no number, is that of kdpo-easyedit 0.1.
+VERSION = 2
+
+SINGLE, SEQUENTIAL = "single", "sequential"
+#: What is measured of an edit; a :class:`Summary` has the mean of each, with an interval.
+MEASURES = (
+    "edit_success", "generated_success", "generalization", "generated_generalization", "portability", "locality", "fluency",
+)  # fmt: skip
+#: EasyEdit's metrics of one edit on one model.
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EditMetrics:
+    """An entry of ``metrics-METHOD-PROTOCOL.json``: one edit, in EasyEdit's format.
+
+    Attributes:
+        case_id: the edit's number, from 0.
+        requested_rewrite: the request.
+        pre: EasyEdit's metrics of the unedited model, and what it writes (``generated``).
+        post: the same of the edited one.
+        time: seconds that the edit took.
+        memory: bytes that it took beyond what was taken before; None where that cannot be measured.
+        error: why the edit could not be made, where it could not; ``post`` is then of the model as it was before.
+    """
+
+    case_id: int
+    requested_rewrite: dict[str, Any]
+    pre: Metrics
+    post: Metrics = field(default_factory=dict)
+    time: float | None = None
+    memory: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A row of a comparison: means over the edits, each of the mean over its prompts, in percent.
+
+    Attributes:
+        edit_success, generalization: the share of the target's tokens that the model says after the prompt, or the rephrased
+            prompt, under teacher forcing.
+        generated_success, generated_generalization: how often it writes the target there on its own.
+        fluency: n-gram entropy of what the model writes, in bits, as EasyEdit measures it.
+        seconds_per_edit: wall-clock time of the edits alone.
+        megabytes_per_edit: the most memory that an edit takes beyond what was taken before it, the median over the edits; None
+            where it cannot be measured (see :class:`kdpo_easyedit.peak.PeakMemory`).
+        intervals: 95 % confidence intervals of the measures (:func:`kdpo_easyedit.bench.significance.interval`).
+        failed: how many edits could not be made; they count as the model stands without them.
+    """
+
+    method: str
+    protocol: str
+    n_edits: int
+    edit_success: float | None
+    generalization: float | None
+    locality: float | None
+    portability: float | None
+    fluency: float | None
+    generated_success: float | None
+    generated_generalization: float | None
+    seconds_per_edit: float | None
+    megabytes_per_edit: float | None
+    intervals: dict[str, list[float]]
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Whether two methods differ in a measure: a permutation test over the edits that have it with both.
+
+    Attributes:
+        against: the method that ``method`` is held against.
+        difference: the mean over the edits of ``method`` less ``against``.
+        p_value: two-sided.
+        p_corrected: by Holm, over the methods that are held against the same one in this measure and protocol.
+    """
+
+    protocol: str
+    measure: str
+    method: str
+    against: str
+    n_edits: int
+    difference: float
+    p_value: float
+    p_corrected: float
+
+
+Row = TypeVar("Row", EditMetrics, Summary, PairedTest)
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as JSON can hold them."""
+    return [asdict(row) for row in rows]
+
+
+def from_json(cls: type[Row], content: Sequence[dict[str, Any]]) -> list[Row]:
+    """Rows from what :func:`to_json` has made of them, now or in version 1.
+
+    Raises:
+        ValueError: something is missing, or not known here.
+    """
+    known = {f.name: f for f in fields(cls)}
+    needed = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    for row in content:
+        if wrong := (needed - row.keys()) | (row.keys() - known.keys()):
+            raise ValueError(f"{sorted(wrong)[0]!r} is missing or not known; was it written by another version?")
+    return [cls(**row) for row in content]

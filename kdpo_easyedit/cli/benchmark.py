@@ -1,0 +1,69 @@
+"""``kdpo benchmark``: what an edit costs."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.benchmark import SHAPES, Result, UsageCost, hyper_params, load, measure, measure_usage
+
+DESCRIPTION = "What an edit costs: the straightforward form of the method against this package's, in one run."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured."""
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="architecture, with random weights (default: small)")
+    parser.add_argument(
+        "--model", metavar="PATH", help="a model of Llama's layout or GPT-2's instead; the layer two thirds up is edited"
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda:0, mps … (default: cpu)")
+    parser.add_argument("--steps", type=int, default=8, help="of an edit (default: 8)")
+    parser.add_argument("--tokens", type=int, default=18, help="of prompt and target (default: 18)")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each form is timed (default: 5)")
+    parser.add_argument("--mom2", action="store_true", help="KDPO against KDPO+C instead")
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Measure, and print it."""
+
+    model, layer = load(options.shape, options.model, getattr(torch, options.dtype), options.device)
+    hparams = hyper_params(model, layer, options.steps, options.device)
+    console = Console(highlight=False)
+    console.print(
+        f"{options.model or options.shape}, layer {layer} of {model.config.num_hidden_layers}, {options.tokens} tokens, "
+        f"{options.steps} steps, {options.dtype} on {options.device} ({torch.get_num_threads()} threads)"
+    )
+    if options.mom2:
+        print_usage(measure_usage(model, hparams, options.tokens, options.repeats), console)
+    else:
+        print_result(measure(model, hparams, options.tokens, repeats=options.repeats), console)
+    return 0
+
+
+def print_usage(cost: UsageCost, console: Console) -> None:
+    """KDPO and KDPO+C side by side."""
+    console.print(f"factorising the statistics, once a model: {cost.factorisation:.1f} s, {cost.inverse / 1e6:.0f} MB kept")
+    console.print(f"seconds an edit: KDPO {cost.plain:.3f}, KDPO+C {cost.aware:.3f}, {cost.aware / cost.plain:.2f} × as long")
+    console.print(f"of which S times the keys: {cost.products:.3f}, letting the keys count: {cost.update:.3f}")
+
+
+def print_result(result: Result, console: Console) -> None:
+    """The two forms side by side, and how far the engine is from the floor."""
+    slow, fast = result.straightforward, result.engine
+    table = Table()
+    for heading in ("", "straightforward", "engine", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for label, a, b, shown in (
+        ("seconds a step", slow.step, fast.step, "{:.4f}"),
+        ("seconds an edit", slow.edit, fast.edit, "{:.3f}"),
+        ("MB beyond the model", slow.memory / 1e6, fast.memory / 1e6, "{:.0f}"),
+    ):
+        table.add_row(label, shown.format(a), shown.format(b), f"{a / b:.1f}")
+    console.print(table)
+    console.print(f"the two forms' losses differ by {result.loss_difference:.1e} at most")
+    console.print(f"the engine's memory is {fast.memory / result.weight_bytes:.1f} × that of W in float32")
+    console.print(f"the floor of a step is {result.floor:.4f} s; the engine takes {fast.step / result.floor:.1f} × as long")

@@ -1,0 +1,188 @@
+"""``kdpo compare``: methods × edits → tables and a report. The default where no subcommand is named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from . import edit
+from .flags import add_machine, add_methods, load_methods
+
+DESCRIPTION = """\
+Edits facts in a language model with KDPO and other methods of EasyEdit, measures each with EasyEdit's
+metrics, and prints a table a protocol: edit success, generalization, portability, locality, fluency.
+
+Without arguments it edits a small model that is trained here, the first time, to know an invented world.
+"""
+EXAMPLES = """\
+examples:
+  python run_kdpo.py
+  python run_kdpo.py --editing_method KDPO FT ROME MEMIT --sequential_edit --ds_size 100 --metrics_save_dir hundred
+  python run_kdpo.py --ablation --metrics_save_dir ablation
+  python run_kdpo.py --prompt "Ruhon Nugil works as a" --target_new banker --locality_prompt "Ruhon Nugil was born in"
+  python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
+  python run_kdpo.py report output hundred --metrics_save_dir both    (see report --help)
+"""
+_NOT_BY_HAND = (
+    "sequential_edit", "eval_at", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text", "metrics_save_dir",
+    "overwrite", "save_model",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a comparison, as EasyEdit's own scripts have them; those of one edit by hand among them."""
+    what = parser.add_argument_group("what to run")
+    add_methods(what, "KDPO KDPO+C FT ROME MEMIT for the world, else KDPO")
+    what.add_argument(
+        "--sequential_edit",
+        action="store_true",
+        help="sequential edits only, measured on the final model (default: single edits; for the world, both)",
+    )
+    what.add_argument(
+        "--eval_at",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="after how many sequential edits to measure all of them so far (default: powers of ten, and the end)",
+    )
+    what.add_argument(
+        "--ablation",
+        action="store_true",
+        help="KDPO against DPO, the paper's ablation, as one table: negatives by teacher forcing or as the model writes them, "
+        "generated every cycle or once an edit (default: sequential edits, measured after 100 and 500)",
+    )
+    data = parser.add_argument_group("the edits")
+    data.add_argument("--data_dir", metavar="FILE", help="a benchmark file (default: the world's own)")
+    data.add_argument(
+        "--datatype",
+        metavar="LAYOUT",
+        help="its layout: knowedit (also as zsre, recent or counterfact), wikibio, zsre_mend, counterfact_rome, flat "
+        "(default: seen from its keys)",
+    )
+    data.add_argument("--ds_size", type=int, metavar="N", help="how many records to take (default: all; of the world's, 20)")
+    data.add_argument("--shuffle", action="store_true", help="take the records in random order, by --seed")
+    data.add_argument(
+        "--stats_text",
+        metavar="FILE",
+        help="a text, a passage a line, to compute the covariance statistics from that a method needs and that are not there",
+    )
+    edit.add_prompts(parser.add_argument_group("one edit by hand", "as `kdpo edit` makes it"))
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--metrics_save_dir",
+        metavar="DIR",
+        help="the run's own folder; the same command goes on in it where it was stopped (default: output)",
+    )
+    where.add_argument("--latex", action="store_true", help="write the tables as summary.tex too")
+    where.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    where.add_argument(
+        "--save_edits", metavar="FILE", help="keep the sequential edits of one method as a file, for kdpo_easyedit.apply_edits"
+    )
+    where.add_argument(
+        "--save_model", metavar="DIR", help="keep the model with the sequential edits of one method, for from_pretrained"
+    )
+    add_machine(where)
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Compare, or make the one edit that ``--prompt`` names."""
+    _check(options, parser)
+    if options.prompt is not None:
+        return edit.run(options, parser)
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # Importing the bench imports EasyEdit, which takes a moment; --help should not.
+    from ..bench import datasets
+    from ..bench.protocols import ablation, check, compare
+    from ..bench.schema import SEQUENTIAL, SINGLE
+    from ..easyedit.statistics import build_world
+    from ..models import world
+    from ..report.charts import curve_chart, radar_chart
+    from ..report.documents import write_documents
+    from ..report.tables import print_ablation, print_examples, print_tables
+
+    started = time.perf_counter()
+    console = Console(markup=False, highlight=False)
+    in_world = options.hparams_dir in world.RECIPES
+    of_world = ["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"]
+    names = options.editing_method or (of_world if in_world and not options.ablation else ["KDPO"])
+    methods = load_methods(names, options)
+    if options.ablation:
+        methods = ablation(methods[0].hparams)
+    if not options.data_dir and not in_world:
+        raise datasets.DatasetError("data_dir is missing: only the world brings edits of its own; name a benchmark file")
+    protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
+    kept = {"save_edits": options.save_edits, "save_model": options.save_model}
+    kept = {key: Path(path) for key, path in kept.items() if path}
+    check(methods, protocols, **kept)
+    stats_texts = datasets.read_passages(Path(options.stats_text)) if options.stats_text else []
+    data = options.data_dir or build_world(world.RECIPES[options.hparams_dir], options.quiet).edits
+    requests = datasets.load_requests(
+        data,
+        options.datatype,
+        size=options.ds_size or (None if options.data_dir or options.ablation else 20),
+        shuffle=options.seed if options.shuffle else None,
+        need_subject=any("subject" in getattr(method.hparams, "fact_token", "") for method in methods),
+    )
+    eval_at = options.eval_at
+    if options.ablation:
+        requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
+        eval_at = eval_at or [100, 500]
+
+    folder = Path(options.metrics_save_dir or "output")
+    complete = not options.overwrite and _is_complete(folder, len(methods) * len(protocols))
+    comparison = compare(
+        methods,
+        requests,
+        protocols,
+        folder,
+        seed=options.seed,
+        eval_at=eval_at,
+        quiet=options.quiet,
+        overwrite=options.overwrite,
+        stats_texts=stats_texts,
+        data_name=Path(options.data_dir).name if options.data_dir else "the world's own edits",
+        **kept,
+    )
+    radar_chart(comparison, folder / "radar.png")
+    if comparison.curve:
+        curve_chart(comparison.curve, folder / "curve.png")
+    page, *_ = write_documents([folder], folder, options.latex)
+    if options.ablation:
+        print_ablation(comparison, console)
+    else:
+        print_examples(methods[0].name, comparison.examples, console)
+        print_tables(comparison, console)
+    console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}\nthe report: {page}", soft_wrap=True)
+    if complete:
+        console.print(f"{folder} held this run, complete: these are its figures; --overwrite makes it again")
+    return 0
+
+
+def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if options.ds_size is not None and options.ds_size < 1:
+        parser.error(f"--ds_size is {options.ds_size}; allowed: a whole number, 1 or above")
+    if min(options.eval_at or [1]) < 1:
+        parser.error(f"--eval_at is {options.eval_at}; allowed: whole numbers, 1 or above")
+    if options.ablation:
+        for flag in ("editing_method", "save_edits", "save_model"):
+            if getattr(options, flag):
+                parser.error(f"--ablation compares four methods of its own, and takes no --{flag}")
+    if options.prompt is None or options.target_new is None:
+        for flag in edit.PROMPTS:
+            if getattr(options, flag) is not None:
+                parser.error(f"--{flag} is for one edit by hand, which needs --prompt and --target_new")
+    else:
+        for flag in _NOT_BY_HAND:
+            if getattr(options, flag) != parser.get_default(flag):
+                parser.error(f"--prompt makes one edit by hand, and takes no --{flag}")
+
+
+def _is_complete(folder: Path, rows: int) -> bool:
+    """Whether a folder has all rows of a run."""
+    summary = folder / "summary.json"
+    return summary.exists() and len(json.loads(summary.read_text(encoding="utf-8"))) == rows

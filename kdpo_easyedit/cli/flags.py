@@ -1,0 +1,54 @@
+"""Flags that several subcommands have, and what becomes of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..bench.protocols import Method
+
+
+def add_methods(group: argparse._ArgumentGroup, default: str) -> None:
+    """Which methods, and on what model."""
+    group.add_argument(
+        "--editing_method",
+        nargs="+",
+        metavar="METHOD",
+        help=f"methods, each with its YAML in hparams/METHOD/ (default: {default})",
+    )
+    group.add_argument(
+        "--hparams_dir",
+        default="world",
+        metavar="NAME",
+        help="a model's short name, such as qwen1.5-0.5b, looked up as hparams/METHOD/NAME.yaml; or, for one method, the path "
+        "of a YAML (default: world, a small model that comes with the package; large-world is one with room for 500 edits, "
+        "trained here the first time)",
+    )
+
+
+def add_machine(group: argparse._ArgumentGroup) -> None:
+    """Where it runs, and how."""
+    group.add_argument(
+        "--easyedit_dir", metavar="DIR", help="a clone of EasyEdit (default: EASYEDIT_HOME, or the installed one)"
+    )
+    group.add_argument("--device", help="cpu, cuda:0, mps … (default: what the YAML says)")
+    group.add_argument("--seed", type=int, default=0, help="of all sampling (default: 0)")
+    group.add_argument("--quiet", action="store_true", help="no progress bars, for logs")
+
+
+def load_methods(names: Sequence[str], options: argparse.Namespace) -> list[Method]:
+    """The methods that the flags name, with their hyper-parameters.
+
+    Raises:
+        HParamsError: a YAML that is not there, or holds something wrong.
+    """
+    from ..bench.protocols import Method
+    from ..easyedit.hparams import load_hparams
+
+    methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in names]
+    for method in methods:
+        if options.device:
+            method.hparams.device = options.device
+    return methods

@@ -1,0 +1,49 @@
+"""``kdpo SUBCOMMAND``, and ``python run_kdpo.py`` with or without one."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SUBCOMMANDS = {
+    "compare": "methods × edits → tables and a report; also what is done where no subcommand is named",
+    "edit": "one edit by hand, shown before and after",
+    "report": "runs side by side, as one page",
+    "benchmark": "what an edit costs",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 where something given is wrong, 130 where Ctrl-C stopped it."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments.pop(0) if arguments[:1] and arguments[0] in SUBCOMMANDS else "compare"
+    subcommand = importlib.import_module(f".{name}", __package__)
+    program = Path(sys.argv[0]).name
+    parser = argparse.ArgumentParser(
+        prog=f"{program} {name}" if name != "compare" else program,
+        description=subcommand.DESCRIPTION,
+        epilog=(_SUBCOMMANDS_HELP + subcommand.EXAMPLES) if name == "compare" else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subcommand.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    if getattr(options, "easyedit_dir", None):
+        os.environ["EASYEDIT_HOME"] = options.easyedit_dir
+    try:
+        return subcommand.run(options, parser)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        if type(error).__module__.partition(".")[0] == "kdpo_easyedit" or isinstance(error, ImportError):
+            print(f"{program}: {error}", file=sys.stderr)
+            return 2
+        raise
+
+
+_SUBCOMMANDS_HELP = "subcommands, each with --help:\n" + "".join(f"  {name:<12}{what}\n" for name, what in SUBCOMMANDS.items())
+_SUBCOMMANDS_HELP += "\n"

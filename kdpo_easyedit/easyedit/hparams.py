@@ -1,0 +1,94 @@
+"""The hyper-parameters of any of EasyEdit's methods, from a YAML."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..method.config import HParamsError, KDPOHyperParams, check_keys, find_hparams, read_yaml
+from ..method.families import family_of, output_layer_of
+from .host import IS_RELEASE, HostError, submodule
+from .methods import RELEASE_BEHAVIOUR, hyper_params_class
+
+# Fine-tuning goes by two names in the field: FT-L (objective_optimization: prompt_last), which is what both EasyEdits have
+# and call FT, and FT-M (target_new). Both are the algorithm FT.
+_ALGORITHMS = {"FT-L": "FT", "FT-M": "FT", "KDPO+C": "KDPO"}
+
+
+def load_hparams(method: str, name_or_path: str | Path) -> Any:
+    """The hyper-parameters of any method, as EasyEdit's own class for it, from a YAML that :func:`find_hparams` finds.
+
+    Raises:
+        HParamsError: no such YAML, a method that this EasyEdit lacks, or a key that is unknown, missing or not for it.
+    """
+    algorithm = _ALGORITHMS.get(method, method)
+    try:
+        cls = hyper_params_class(algorithm)
+    except HostError as error:
+        raise HParamsError(str(error)) from None
+    path = find_hparams(method, name_or_path)
+    config = read_yaml(path)
+    if config.get("alg_name") != algorithm:
+        raise HParamsError(f"{path}: alg_name is {config.get('alg_name')!r}; allowed for {method}: {algorithm!r}")
+    if cls is KDPOHyperParams:
+        return KDPOHyperParams.from_hparams(path)
+    config = submodule("util.hparams").HyperParams.construct_float_from_scientific_notation(config)
+    margins = config.get("act_margin")
+    if algorithm == "WISE" and isinstance(margins, list) and len(margins) == 3:  # EasyEdit's YAMLs have one key for three
+        config |= zip(("alpha", "beta", "gamma"), config.pop("act_margin"))
+    try:
+        if IS_RELEASE:
+            _drop_keys_of_main(cls, config)
+        left_out = [f.name for f in fields(cls) if f.name in _MODULES and f.name not in config]
+        config |= dict.fromkeys(left_out)
+        check_keys(cls, config)
+    except HParamsError as error:
+        raise HParamsError(f"{path}: {error}") from None
+    return cls(**config)
+
+
+# The module names that EasyEdit's YAMLs have; ours leave them out.
+_MODULES = {
+    "rewrite_module_tmp": "projection",
+    "layer_module_tmp": "layer",
+    "mlp_module_tmp": "mlp",
+    "attn_module_tmp": "attention",
+    "ln_f_module": "final_norm",
+    "lm_head_module": "",  # see filled_in
+}
+
+
+def filled_in(hparams: Any, model: Any) -> Any:
+    """A copy of ``hparams`` with the module names that their YAML has left out, from the model's architecture.
+
+    Raises:
+        HParamsError: one is missing, and the architecture is not among :data:`kdpo_easyedit.method.families.FAMILIES`.
+    """
+    if isinstance(hparams, KDPOHyperParams):
+        return hparams.for_model(model)
+    hparams = copy.copy(hparams)
+    missing = [key for key in _MODULES if getattr(hparams, key, "") is None]
+    if not missing:
+        return hparams
+    family = family_of(model)
+    if family is None:
+        raise HParamsError(
+            f"{missing[0]} is missing, and does not follow from the architecture {model.config.model_type!r}; add it"
+        )
+    for key in missing:
+        name = output_layer_of(model) if key == "lm_head_module" else getattr(family, _MODULES[key])
+        # Fine-tuning takes every parameter whose name has this in it: GPT-2's bias too, without the ending.
+        ending = ".weight" if key == "rewrite_module_tmp" and hparams.alg_name == "FT" else ""
+        setattr(hparams, key, name + ending)
+    return hparams
+
+
+def _drop_keys_of_main(cls: type, config: dict[str, Any]) -> None:
+    known = {f.name for f in fields(cls)}
+    for key, value in RELEASE_BEHAVIOUR.items():
+        if key not in known and config.pop(key, value) != value:
+            raise HParamsError(
+                f"{key} is not {value!r}, which EasyEdit's release needs it to be; its GitHub main branch has both"
+            )

@@ -1,0 +1,155 @@
+"""Loading models for EasyEdit. It chooses tokenizer and class by what a model's name contains, which leaves out most models
+of today and runs code from the hub for others. Causal language models are loaded here instead, on both hosts in the same way.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..devices import device_name
+from ..models import world
+from .host import ALG_DICT, EDITOR_LOG, BaseEditor, HostError, submodule
+from .hparams import filled_in
+from .statistics import build_world
+
+# The methods that need the prompt's tokens to start at 0: those that main names in BaseEditor.__init__, and two that count
+# tokens in the same way and that it forgets.
+_PAD_RIGHT = {"ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE", "PMET", "MEMIT-FE"}
+
+
+class ModelName(str):
+    """A model's name in EasyEdit's keeping. Where it looks for "gpt2" and the like in the name, it finds the model's type."""
+
+    model_type: str
+
+    def __new__(cls, name: str, model_type: str) -> ModelName:
+        self = super().__new__(cls, name)
+        self.model_type = model_type
+        return self
+
+    def __reduce__(self) -> Any:
+        return ModelName, (str(self), self.model_type)
+
+    def lower(self) -> str:
+        return self.model_type
+
+    def __contains__(self, part: object) -> bool:
+        return isinstance(part, str) and part in self.model_type
+
+
+def check_device(device: Any) -> None:
+    """Whether this machine has a device, before anything is loaded.
+
+    Raises:
+        HostError: it does not.
+    """
+    try:
+        torch.empty(0, device=device_name(device))
+    except (RuntimeError, AssertionError):
+        raise HostError(f"device is {device!r}, which this machine does not have; try 'cpu'") from None
+
+
+def load_model(hparams: Any) -> tuple[Any, Any]:
+    """The model that ``hparams.model_name`` names, in float32 or, with ``fp16``, in half precision, and its tokenizer.
+
+    Raises:
+        HostError: it cannot be loaded, or the device is not there.
+    """
+    name, spread = str(hparams.model_name), getattr(hparams, "model_parallel", False)
+    if not spread:
+        check_device(hparams.device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=torch.float16 if getattr(hparams, "fp16", False) else torch.float32,
+            device_map="auto" if spread else None,
+            use_safetensors=True,
+        )
+        tok = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(name, error) from error
+    if tok.pad_token_id is None:
+        tok.pad_token_id = tok.eos_token_id
+    if not spread:
+        model.to(torch.device(device_name(hparams.device)))  # type: ignore[arg-type]
+    return model, tok
+
+
+def _cannot_load(name: str, error: Exception) -> HostError:
+    return HostError(
+        f"model_name is {name!r}, which cannot be loaded; give a folder, a name on the model hub, or, from Python, "
+        f"a pair of model and tokenizer. The reason: {' '.join(str(error).split())}"
+    )
+
+
+def mend_loading() -> None:
+    original = BaseEditor.__init__
+
+    @wraps(original)
+    def __init__(self: Any, hparams: Any) -> None:
+        if not _is_causal(hparams):
+            original(self, hparams)
+            return
+        self.alg_name, self.apply_algo = hparams.alg_name, ALG_DICT[hparams.alg_name]
+        if not EDITOR_LOG.handlers:
+            submodule("editors.editor").make_logs()
+        vars(hparams).update(vars(_with_world(hparams)))
+        if isinstance(hparams.model_name, str):
+            self.model, self.tok = load_model(hparams)
+        else:
+            self.model, self.tok = hparams.model_name
+            if not getattr(hparams, "model_parallel", False) and not hasattr(self.model, "hf_device_map"):
+                check_device(hparams.device)
+                self.model.to(torch.device(device_name(hparams.device)))
+        self.tok.padding_side = "right" if hparams.alg_name in _PAD_RIGHT else "left"
+        if getattr(hparams, "model_parallel", False):
+            hparams.device = str(self.model.device)
+        config = self.model.config
+        self.model_name = hparams.model_name = ModelName(config.name_or_path, config.model_type)
+        self.device = torch.device(device_name(hparams.device))
+        vars(hparams).update(vars(filled_in(hparams, self.model)))
+        self.hparams = hparams
+
+    BaseEditor.__init__ = __init__
+
+
+def _is_causal(hparams: Any) -> bool:
+    """Whether ``hparams`` name a causal language model that :func:`load_model` can load; QLoRA's are quantised."""
+    name = hparams.model_name
+    if not isinstance(name, str) or name in world.RECIPES:
+        return True
+    if hparams.alg_name == "QLoRA" or any(api in name for api in ("gpt-3.5", "chatglm-api")):
+        return False
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+
+
+def in_place(hparams: Any) -> Any:
+    """A copy of ``hparams`` that means the same in whatever folder it is used: with absolute paths, and the world built."""
+    hparams = _with_world(hparams)
+    if isinstance(hparams.model_name, str) and Path(hparams.model_name).is_dir():
+        hparams.model_name = str(Path(hparams.model_name).resolve())
+    if hasattr(hparams, "stats_dir"):
+        hparams.stats_dir = str(Path(hparams.stats_dir).resolve())
+    return hparams
+
+
+def _with_world(hparams: Any) -> Any:
+    """A copy of ``hparams``; where their model is the world, it is built and they name its folder and statistics."""
+    hparams = copy.copy(hparams)
+    if hparams.model_name in world.RECIPES:
+        built = build_world(world.RECIPES[hparams.model_name])
+        hparams.model_name = str(built.folder)
+        if hasattr(hparams, "stats_dir"):
+            hparams.stats_dir = str(built.statistics)
+    return hparams

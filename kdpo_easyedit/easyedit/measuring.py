@@ -1,0 +1,55 @@
+"""EasyEdit's own metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from typing import Any
+
+import nltk
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktSentenceTokenizer
+
+from .host import IS_RELEASE, submodule
+
+
+def mend_fluency() -> None:
+    """EasyEdit splits text into words with data that nltk downloads; without it, nltk's untrained splitter does."""
+
+    def words(text: str) -> list[str]:
+        try:
+            return nltk.word_tokenize(text)
+        except LookupError:
+            sentences = PunktSentenceTokenizer().tokenize(text)
+            return [word for sentence in sentences for word in NLTKWordTokenizer().tokenize(sentence)]
+
+    submodule("evaluate.evaluate_utils").compute_freq = lambda sentence, n=2: nltk.FreqDist(nltk.ngrams(words(sentence), n))
+
+
+def edit_quality(editor: Any, model: Any, request: dict[str, Any], fluency: bool = True) -> dict[str, Any]:
+    """EasyEdit's metrics of one request on a model: ``rewrite_acc``, ``rephrase_acc``, ``locality`` …"""
+    hparams = copy.copy(editor.hparams)
+    hparams.alg_name = "KDPO"  # main measures GRACE by other means than all others, which nothing could be compared with
+    return submodule("evaluate").compute_edit_quality(
+        model, editor.model_name, hparams, editor.tok, request, hparams.device, test_generation=fluency
+    )
+
+
+def own_summary(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What EasyEdit itself makes of a run's metrics, by phase; None on the release, which makes nothing of them.
+
+    Every key is averaged on its own, over the edits that have it. Main prints the result and returns nothing, and writes the
+    metrics once more where it stands.
+    """
+    if IS_RELEASE:
+        return None
+    module = submodule("editors.utils")
+    printed: list[tuple[Any, ...]] = []
+    module.print = lambda *values: printed.append(values)
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            module.summary_metrics(metrics)
+    finally:
+        del module.print
+    return next(values[1] for values in printed if values[0] == "Metrics Summary: ")

@@ -1,0 +1,221 @@
+"""EasyEdit's methods: which of them can be compared, and how each makes an edit and takes it back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..method.weights import write
+from ..plugin import is_easyedit
+from .host import ALG_DICT, EDITOR_LOG, IS_RELEASE, HostError, easyeditor, is_wrapper, submodule
+
+#: Keys of main's hyper-parameters that the release lacks, each with what the release does.
+RELEASE_BEHAVIOUR = {
+    "objective_optimization": "prompt_last",
+    "lora_type": "adalora",
+    "fp16": False,
+    "model_parallel": False,
+}
+
+# A method's edits are in the model's own weights, and it tells which; or they are in a copy of the model: in the weights of
+# an adapter, or in whatever else the method wraps the copy in.
+_IN_WEIGHTS = (
+    "KDPO", "FT", "ROME", "R-ROME", "MEMIT", "MEMIT-FE", "EMMET", "PMET", "AlphaEdit", "SPHERE", "CORE",
+)  # fmt: skip
+_IN_ADAPTERS = ("LoRA", "DPO")
+_IN_WRAPPERS = ("GRACE", "WISE", "KN")
+COMPARABLE = (*_IN_WEIGHTS, *_IN_ADAPTERS, *_IN_WRAPPERS)
+_PACKAGES = {"LoRA": "peft", "DPO": "peft", "KN": "einops"}
+
+# What else EasyEdit names, and why a comparison leaves it out.
+_LEFT_OUT = {
+    **dict.fromkeys(("MEND", "SERAC"), "needs an editor that was trained for the model"),
+    "IKE": "edits nothing: it puts examples from a training set before every prompt",
+    **dict.fromkeys(("FT-Api", "DeepEdit-Api"), "edits a model behind somebody's API"),
+    "QLoRA": "edits a quantised model, and a comparison needs one model for all methods",
+    "DINM": "edits what a model refuses to say, not facts",
+    "DEFER": "decides by the answer's last token, which nobody has before the answer is there",
+    "EAMET": "cannot edit GPT-2, on which methods are tried out here",
+    "MELO": "needs a second model, which tells prompts apart",
+    "SimIE": "is a way to run another method, which it would have to load",
+    "ULTRAEDIT": "keeps the first model that it is given, and does not tell which weights it changed",
+}
+
+
+def edits_weights(hparams: Any) -> bool:
+    """Whether a method's edits are in the model's own weights, and not in a copy of it."""
+    return hparams.alg_name in _IN_WEIGHTS
+
+
+def can_resume(hparams: Any) -> bool:
+    """Whether a sequence that was cut off can go on from saved weights; what a wrapper holds is not saved."""
+    return hparams.alg_name not in _IN_WRAPPERS
+
+
+def adapter_weights(model: Any) -> list[str]:
+    """The names of an adapter's weights."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def check_method(hparams: Any, sequential: bool) -> None:
+    """Whether a method runs here.
+
+    Raises:
+        HostError: it does not.
+    """
+    package = _PACKAGES.get(hparams.alg_name)
+    if package and importlib.util.find_spec(package) is None:
+        raise HostError(f"{hparams.alg_name} needs the package {package}, which is not here: pip install {package}")
+    if hparams.alg_name == "LoRA" and sequential and IS_RELEASE:
+        raise HostError("LoRA begins a new adapter at every edit on EasyEdit's release; sequential edits need its main branch")
+    if hparams.alg_name == "WISE" and (not hparams.save_freq or hparams.merge_freq % hparams.save_freq):
+        raise HostError(f"merge_freq is {hparams.merge_freq!r}; allowed: a multiple of save_freq, {hparams.save_freq!r}")
+
+
+def hyper_params_class(method: str) -> type:
+    """EasyEdit's hyper-parameter dataclass of a method.
+
+    Raises:
+        HostError: this EasyEdit does not have the method, or a comparison cannot run it.
+    """
+    if method not in COMPARABLE:
+        reason = f", which {_LEFT_OUT[method]}" if method in _LEFT_OUT else ""
+        raise HostError(f"editing_method is {method!r}{reason}; allowed: {', '.join(COMPARABLE)}")
+    if method not in ALG_DICT:
+        here, there = ("release", "GitHub main branch") if IS_RELEASE else ("GitHub main branch", "release")
+        raise HostError(f"editing_method is {method!r}, which EasyEdit's {here} does not have, but its {there} does")
+    wanted = method.replace("-", "").lower() + "hyperparams"
+    classes = {**vars(submodule("util.alg_dict")), "KDPOHyperParams": easyeditor.KDPOHyperParams}
+    return next(cls for name, cls in classes.items() if name.replace("_", "").lower() == wanted)
+
+
+def model_to_edit(editor: Any, model: Any) -> Any:
+    """What :func:`apply_edit` may be given: the model, or a copy of an unedited one where edits are not in its weights."""
+    return copy.deepcopy(model) if model is editor.model and not edits_weights(editor.hparams) else model
+
+
+def apply_edit(
+    editor: Any, model: Any, request: dict[str, Any], traces: list[Any] | None = None
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """One edit by ``BaseEditor``'s method: the edited model, and the weights that it changed, as they were.
+
+    KDPO adds its trace to ``traces``; the others take no notice of it.
+    """
+    if is_wrapper(model):
+        model = model.model  # the wrapped copy, in which the method finds its layer
+    request = request | _wanted_beside(editor, model, request)
+    for name, module in model.named_modules():
+        if "lora_" in name:
+            module.train()
+    edited, originals = editor.apply_algo(
+        model,
+        editor.tok,
+        [request],
+        editor.hparams,
+        copy=False,
+        return_orig_weights=True,
+        keep_original_weight=IS_RELEASE or edits_weights(editor.hparams),  # EMMET tells of no weights otherwise
+        train_ds=None,
+        traces=traces,
+    )
+    # Adapters are trained with their dropout and used without; main leaves it on.
+    return edited.eval(), originals if edits_weights(editor.hparams) else {}
+
+
+def _wanted_beside(editor: Any, model: Any, request: dict[str, Any]) -> dict[str, str]:
+    """What some methods want to know beside the request, or otherwise than it says.
+
+    DPO's answer to avoid is what the model says now, as many tokens as the target has. WISE's text that the edit is not about
+    is something that the model writes from nothing: what locality is measured on must not be known to any method. PMET puts
+    the space before a target for models with "gpt" in their names only, where its kin do for all.
+    """
+    tok = editor.tok
+
+    def written(ids: list[int], tokens: int, **how: Any) -> str:
+        inputs = torch.tensor([ids], device=model.device)
+        with torch.no_grad():
+            output = model.generate(inputs, max_new_tokens=tokens, pad_token_id=tok.pad_token_id, **how)
+        return tok.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+
+    match editor.hparams.alg_name:
+        case "DPO":
+            length = len(tok(f" {request['target_new']}", add_special_tokens=False)["input_ids"])
+            return {"target_neg": written(tok(request["prompt"])["input_ids"], length, do_sample=False)}
+        case "PMET":
+            return {"target_new": f" {request['target_new']}"}
+        case "WISE":
+            start = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
+            return {"loc_prompt": written([start], 10, do_sample=True)}
+    return {}
+
+
+def undo_edits(editor: Any, originals: dict[str, torch.Tensor]) -> None:
+    """Give ``editor.model`` back the weights that :func:`apply_edit` told of, and let the method forget its edits."""
+    write(editor.model, originals)
+    _forget("cache_c_new", "edit_history", "merge_group_edit_history")
+
+
+# What methods keep in their modules, and what it is before anything is kept: contexts that they have written for the model,
+# its covariances and what follows from them, and the edits of a sequence.
+_MEMORY: dict[str, Any] = {
+    "CONTEXT_TEMPLATES_CACHE": None,
+    "COV_CACHE": {},
+    "inv_mom2_cache": {},
+    "P_loaded": False,
+    "cache_c_new": False,
+    "edit_history": [],
+    "merge_group_edit_history": [],
+}
+
+
+def _forget(*names: str) -> None:
+    for module_name, its in list(sys.modules.items()):
+        for name in names:
+            if is_easyedit(module_name) and name in vars(its):
+                setattr(its, name, copy.copy(_MEMORY[name]))
+
+
+def memory() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the next edits of a sequence need of what methods keep in their modules: contexts, for JSON, and tensors."""
+    contexts, tensors = {}, {}
+    for name, its in list(sys.modules.items()):
+        if is_easyedit(name) and vars(its).get("CONTEXT_TEMPLATES_CACHE"):
+            contexts[name] = its.CONTEXT_TEMPLATES_CACHE
+        if is_easyedit(name) and vars(its).get("cache_c_new"):
+            tensors[name] = its.cache_c
+    return contexts, tensors
+
+
+def set_memory(contexts: Mapping[str, Any] | None = None, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Let methods remember this and nothing else; they would keep what they have for whatever model comes next."""
+    _forget(*_MEMORY)
+    for name, written in (contexts or {}).items():
+        submodule(name.partition(".")[2]).CONTEXT_TEMPLATES_CACHE = written
+    for name, keys in (tensors or {}).items():
+        vars(submodule(name.partition(".")[2])).update(cache_c=keys, cache_c_new=True)
+
+
+@contextmanager
+def output_to(folder: Path) -> Iterator[None]:
+    """For a block, EasyEdit's prints, bars and logs, and whatever it writes where it stands, go into ``folder``."""
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    before = root.handlers, EDITOR_LOG.handlers
+    file = logging.FileHandler(logs / "easyedit.log", encoding="utf-8")
+    root.handlers, EDITOR_LOG.handlers = [file], [logging.NullHandler()]
+    try:
+        with contextlib.chdir(folder), redirect_stdout(file.stream), redirect_stderr(file.stream):
+            yield
+    finally:
+        root.handlers, EDITOR_LOG.handlers = before
+        file.close()

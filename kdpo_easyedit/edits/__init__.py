@@ -1,0 +1,5 @@
+"""Edits as a file: save, apply, revert."""
+
+from .file import EditsError, apply_edits, edits_applied, read_header, revert_edits, save_edits
+
+__all__ = ["EditsError", "apply_edits", "edits_applied", "read_header", "revert_edits", "save_edits"]

@@ -1,0 +1,142 @@
+"""What is written of results: a page to read and search (report.html), and tables to paste (summary.md, summary.tex)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..bench.runs import RunError
+from ..files import whole
+from .page import page
+from .results import Results, read_results
+from .tables import COLUMNS, NOTES, PROTOCOLS, Cell, significance, tables, title
+
+_PAGE, _TEXT, _LATEX = "report.html", "summary.md", "summary.tex"
+
+
+def write_documents(folders: Sequence[Path], into: Path, latex: bool = False) -> list[Path]:
+    """Write ``report.html`` and ``summary.md`` of one or several runs, and ``summary.tex`` where asked for.
+
+    Args:
+        folders: of complete runs.
+        into: a folder, made if need be: the one run's own, or one that holds nothing but such documents.
+
+    Returns:
+        The files.
+
+    Raises:
+        RunError: a folder holds no complete run, the runs were measured differently, or ``into`` holds something else.
+    """
+    if [into.resolve()] != [folder.resolve() for folder in folders] and into.exists():
+        foreign = sorted({path.name for path in into.iterdir()} - {_PAGE, _TEXT, _LATEX}) if into.is_dir() else [into.name]
+        if foreign:
+            raise RunError(f"{into}: holds other things than reports, such as {foreign[0]}; name another --metrics_save_dir")
+    results = read_results(folders)
+    written = {_PAGE: page(results), _TEXT: markdown(results)} | ({_LATEX: latex_tables(results)} if latex else {})
+    into.mkdir(parents=True, exist_ok=True)
+    for name, text in written.items():
+        with whole(into / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    return [into / name for name in written]
+
+
+def _about(result: Results) -> str:
+    settings = result.settings
+    versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
+    return f"Model {result.model}; {settings['edits']} edits; seed {settings['seed']}; {settings['hardware']}; {versions}."
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables to paste.
+
+
+def markdown(results: Sequence[Results]) -> str:
+    """The tables as GitHub's Markdown shows them."""
+    lines = []
+    for result in results:
+        lines += [f"## {_markdown(title(result))}", ""]
+        for protocol, methods in tables(result.comparison).items():
+            headings = [", ".join(filter(None, heading)) for heading in COLUMNS.values()]
+            lines += [f"{result.comparison.before.n_edits} {PROTOCOLS[protocol]}:", ""]
+            lines += [_row(["method", *headings]), _row(["---", *(["---:"] * len(COLUMNS))])]
+            for method, cells in methods.items():
+                lines.append(_row([_markdown(method), *(_markdown_cell(cells[key]) for key in COLUMNS)]))
+            lines.append("")
+        lines += [*_notes(result), _markdown(_about(result)), ""]
+    return "\n".join(lines)
+
+
+def _notes(result: Results) -> list[str]:
+    return [" ".join(filter(None, (*NOTES, significance(result.comparison) and significance(result.comparison) + ".")))]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.best else cell.text
+    return f"{text}{cell.mark}" + (f"<br><sub>{cell.interval}</sub>" if cell.interval else "")
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", text.replace("\n", " "))
+
+
+def latex_tables(results: Sequence[Results]) -> str:
+    """The tables for a paper; they need the package booktabs."""
+    return "\n".join(
+        _latex_table(result, protocol, methods) for result in results for protocol, methods in tables(result.comparison).items()
+    )
+
+
+def _latex_table(result: Results, protocol: str, methods: Mapping[str, Mapping[str, Cell]]) -> str:
+    groups: dict[str, int] = {}
+    for heading, _ in COLUMNS.values():
+        groups[heading] = groups.get(heading, 0) + 1
+    ends = np.cumsum(list(groups.values())) + 1
+    rules = " ".join(f"\\cmidrule(lr){{{end - n + 1}-{end}}}" for n, end in zip(groups.values(), ends) if n > 1)
+    body = []
+    for method, cells in methods.items():  # intervals stand on a line of their own, or ten columns would be too wide
+        intervals = (cells[key].interval for key in COLUMNS)
+        body.append(" & ".join([_latex(method), *(_latex_cell(cells[key]) for key in COLUMNS)]) + r" \\")
+        body.append(" & ".join(["", *(rf"{{\scriptsize {_latex(interval)}}}" for interval in intervals)]) + r" \\[2pt]")
+    caption = f"{title(result)}: {result.comparison.before.n_edits} {PROTOCOLS[protocol]}. {' '.join(_notes(result))}"
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs}",
+            r"\begin{table*}",
+            r"\centering\small\setlength{\tabcolsep}{3pt}",
+            rf"\begin{{tabular}}{{l{'r' * len(COLUMNS)}}}",
+            r"\toprule",
+            " & ".join(["", *(rf"\multicolumn{{{n}}}{{c}}{{{_latex(heading)}}}" for heading, n in groups.items())]) + r" \\",
+            rules,
+            " & ".join(["method", *(_latex(unit) for _, unit in COLUMNS.values())]) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            rf"\caption{{{_latex(caption)}}}",
+            r"\end{table*}",
+            "",
+        ]
+    )
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = _latex(cell.text)
+    mark = r"$^{\dagger}$" if cell.mark else ""
+    return (rf"\textbf{{{text}}}" if cell.best else text) + mark
+
+
+_LATEX_NAMES = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "†": r"$^{\dagger}$",
+    "<": r"$<$", ">": r"$>$", "|": r"$|$", '"': "''",
+}  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    return re.sub(r"[&%$#_{}]|[\\~^–†<>|\"]", lambda found: _LATEX_NAMES.get(found[0], "\\" + found[0]), text)
