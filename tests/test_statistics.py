@@ -174,6 +174,17 @@ def test_a_tokenizer_needs_no_token_for_padding(llama):
     assert torch.equal(found[LLAMA[1]].total, expected[LLAMA[1]].total)
 
 
+def test_an_offloaded_model_gives_the_same_and_is_known_by_the_same(llama):
+    accelerate = pytest.importorskip("accelerate")
+    model, tok = llama
+    expected, weights = statistics.collect(model, tok, LLAMA, TEXTS, quiet=True), statistics.fingerprints(model, LLAMA)
+    accelerate.cpu_offload(model)
+    assert statistics.fingerprints(model, LLAMA) == weights
+    found = statistics.collect(model, tok, LLAMA, TEXTS, quiet=True)
+    torch.testing.assert_close(found[LLAMA[1]].total, expected[LLAMA[1]].total, rtol=1e-5, atol=1e-6)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files.
 
@@ -426,7 +437,7 @@ def test_what_cannot_be_taken_is_refused_with_its_name(llama):
             statistics.collect(model, tok, [name], TEXTS, quiet=True, **about)
 
     refused("model.layers.99.mlp.down_proj", "no module 'model.layers.99.mlp.down_proj'")
-    refused("model.layers.0.mlp", "model.layers.0.mlp is a LlamaMLP")
+    refused("model.layers.0.mlp", r"model.layers.0.mlp is a .*modeling_llama.LlamaMLP; ")
     refused(LLAMA[0], "batch_tokens is 0", batch_tokens=0)
     model.idle = torch.nn.Linear(3, 3)
     refused("idle", "idle does not run")

@@ -395,7 +395,8 @@ def _width(model: nn.Module, name: str) -> int:
         return module.in_features
     if isinstance(module, Conv1D):
         return module.weight.shape[0]
-    raise StatisticsError(f"{name} is a {type(module).__name__}; second moments are taken of what a Linear or Conv1D is given")
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    raise StatisticsError(f"{name} is a {kind}; second moments are taken of what an nn.Linear or a Conv1D is given")
 
 
 def _device(model: Any) -> torch.device:
