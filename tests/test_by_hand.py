@@ -13,6 +13,7 @@ from kdpo_easyedit import apply_edits
 from kdpo_easyedit.bench.by_hand import Said, edit_by_hand
 from kdpo_easyedit.bench.datasets import DatasetError
 from kdpo_easyedit.bench.protocols import Method
+from kdpo_easyedit.bench.writing import write_answers
 from kdpo_easyedit.easyedit.hparams import load_hparams
 from kdpo_easyedit.method.kdpo import execute_kdpo
 from kdpo_easyedit.report.by_hand import print_by_hand

@@ -13,11 +13,11 @@ from conftest import REFERENCE, same_state, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit import HParamsError, KDPOHyperParams, apply_kdpo_to_model, execute_kdpo
-from kdpo_easyedit.easyedit.statistics import make_statistics, statistics_file
+from kdpo_easyedit.easyedit.statistics import statistics_file
 from kdpo_easyedit.method import kdpo_c
 from kdpo_easyedit.method.kdpo_c import Usage
 from kdpo_easyedit.method.preference import edit_tokens, pair_margin
-from kdpo_easyedit.method.statistics import second_moment
+from kdpo_easyedit.method.statistics import Text, make, second_moment
 
 WEIGHT = "transformer.h.3.mlp.c_proj.weight"
 
@@ -153,9 +153,10 @@ def test_llama_is_edited_in_every_precision(tmp_path, dtype):
         alg_name="KDPO", model_name=str(folder), device="cpu", layers=[1], mom2_adjustment=True,
         mom2_dataset="mine", mom2_n_samples=50, stats_dir=str(tmp_path),
     )  # fmt: skip
-    (file,) = make_statistics(
-        AutoModelForCausalLM.from_pretrained(folder), tok, hparams, ["The sky is blue.", "Water is wet."] * 25, quiet=True
-    )
+    text = Text("mine", ["The sky is blue.", "Water is wet."] * 25)
+    names = [name.removesuffix(".weight") for name in hparams.edited_parameters(model)]
+    full = AutoModelForCausalLM.from_pretrained(folder)
+    (file,) = make(full, tok, names, text, tmp_path, dataset="mine", quiet=True).values()
     assert file.is_file()
     request = {"prompt": "The capital of France is", "target_new": "Rome"}
     weights, trace = execute_kdpo(model, tok, request, hparams)

@@ -197,7 +197,7 @@ def test_the_default_run_is_the_main_job(tmp_path):
 
 def test_statistics_that_are_missing_are_told_or_made_from_a_text(small_world, tmp_path):
     config = yaml.safe_load((ROOT / "hparams" / "KDPO+C" / "world.yaml").read_text())
-    own = {"model_name": str(small_world.folder), "stats_dir": "stats", "mom2_dataset": "mine"}
+    own = {"model_name": str(small_world.folder), "stats_dir": "stats", "mom2_dataset": "of-nobody"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config | own))
     arguments = "--editing_method", "KDPO+C", "--hparams_dir", "mine.yaml", "--data_dir", small_world.edits, "--ds_size", 1
     done = run(*arguments, folder=tmp_path)
@@ -206,4 +206,4 @@ def test_statistics_that_are_missing_are_told_or_made_from_a_text(small_world, t
     done = run(*arguments, "--stats_text", small_world.folder / "text.txt", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "stats").rglob("*.npz")
-    assert "mine_stats" in str(file) and (tmp_path / "output" / "report.html").exists()
+    assert "text-" in str(file) and (tmp_path / "output" / "report.html").exists()

@@ -32,11 +32,12 @@ from ..easyedit import host
 from ..easyedit import methods as algorithms
 from ..easyedit.loading import check_device, in_place
 from ..easyedit.measuring import own_summary
-from ..easyedit.statistics import make_statistics
+from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
 from ..method import kdpo_c
 from ..method.config import HParamsError, KDPOHyperParams
 from ..method.kdpo import EditTrace
+from ..method.statistics import Text
 from ..method.weights import read, write
 from .ability import Ability
 from .ability import read as read_text
@@ -131,7 +132,7 @@ def compare(
     overwrite: bool = False,
     save_edits: Path | None = None,
     save_model: Path | None = None,
-    stats_texts: Sequence[str] = (),
+    stats_text: Text | None = None,
     data_name: str = "",
     how: Measuring = Measuring(),
     ability_texts: Sequence[str] = (),
@@ -156,8 +157,8 @@ def compare(
         overwrite: start anew where the folder holds a run.
         save_edits: a file for the sequential edits of the one method, for :func:`kdpo_easyedit.apply_edits`.
         save_model: a folder for the model with the sequential edits of the one method, for ``from_pretrained``.
-        stats_texts: what to compute covariance statistics from, where a method needs some that are not there; left out,
-            EasyEdit fetches the dataset that they are named after.
+        stats_text: what to take second moments over, for the methods that go by them; left out, those that their
+            hyper-parameters name are used, or EasyEdit fetches the dataset that they are named after.
         data_name: what reports call the edits.
         how: how all methods are measured.
         ability_texts: ordinary text that no edit is about: sequences are measured by how well the model still reads it.
@@ -171,6 +172,8 @@ def compare(
     save_edits, save_model = (path and path.resolve() for path in (save_edits, save_model))
     check(methods, protocols, save_edits, save_model)
     methods = [Method(method.name, in_place(method.hparams)) for method in methods]
+    if stats_text is not None:
+        methods = [Method(method.name, with_text(method.hparams, stats_text)) for method in methods]
     checkpoints = sorted({n for n in eval_at or _powers_of_ten(len(requests)) if n < len(requests)} | {len(requests)})
     settings = {
         "methods": {method.name: plain(method.hparams) for method in methods},
@@ -186,8 +189,7 @@ def compare(
     with RunFolder(folder, settings, overwrite, about) as run, algorithms.output_to(folder):
         first = host.BaseEditor(copy.copy(methods[0].hparams))
         _check_room(requests, first.model, first.tok)
-        for method in methods:
-            make_statistics(first.model, first.tok, method.hparams, stats_texts, quiet)
+        prepare(first.model, first.tok, [method.hparams for method in methods], stats_text, quiet)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
         before = _measure_before(run, first, requests, seed, how, bar)
         unedited = summarise("(before)", "", before, "pre")

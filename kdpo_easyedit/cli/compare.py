@@ -58,15 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--datatype",
         metavar="LAYOUT",
-        help="its layout: knowedit (also as zsre, recent or counterfact), wikibio, zsre_mend, counterfact_rome, flat "
-        "(default: seen from its keys)",
+        help="its layout, for all records: knowedit, wikibio, zsre_mend, counterfact_rome, flat, wikibigedit, cknowedit, bizsre, "
+        "mzsre, mquake, rippleedits, unke, akew, halluedit, or EasyEdit's names of KnowEdit's files (default: each record's keys "
+        "tell)",
     )
     data.add_argument("--ds_size", type=int, metavar="N", help="how many records to take (default: all; of the world's, 20)")
     data.add_argument("--shuffle", action="store_true", help="take the records in random order, by --seed")
     data.add_argument(
         "--stats_text",
         metavar="FILE",
-        help="a text, a passage a line, to compute the covariance statistics from that a method needs and that are not there",
+        help="a text, a passage a line, to take the second moments over that ROME, MEMIT, KDPO+C and their like go by",
     )
     measured = parser.add_argument_group("how it is measured")
     measured.add_argument(
@@ -122,6 +123,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from ..bench.protocols import ablation, check, compare
     from ..bench.schema import SEQUENTIAL, SINGLE
     from ..easyedit.statistics import build_world
+    from ..method.statistics import Text
     from ..models import world
     from ..report.charts import curve_chart, radar_chart
     from ..report.documents import write_documents
@@ -141,7 +143,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
-    stats_texts = datasets.read_passages(Path(options.stats_text)) if options.stats_text else []
+    stats_text = None
+    if options.stats_text:
+        stats_text = Text(Path(options.stats_text).stem, datasets.read_passages(options.stats_text))
     data = options.data_dir or build_world(world.RECIPES[options.hparams_dir], options.quiet).edits
     requests = datasets.load_requests(
         data,
@@ -166,7 +170,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         eval_at=eval_at,
         quiet=options.quiet,
         overwrite=options.overwrite,
-        stats_texts=stats_texts,
+        stats_text=stats_text,
         data_name=Path(options.data_dir).name if options.data_dir else "the world's own edits",
         how=Measuring(options.metrics, tuple(options.context), not options.no_fluency),
         ability_texts=datasets.read_passages(options.ability_text) if options.ability_text else [],

@@ -1,7 +1,8 @@
-"""Second moments by EasyEdit's own code, where its methods look for them."""
+"""Second moments where EasyEdit's methods, and KDPO+C, look for them."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 import warnings
@@ -15,63 +16,91 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..method.statistics import statistics_path
+from ..method.statistics import StatisticsError, Text, check, fingerprints, make, statistics_path
 from ..models import world
 from .host import IS_RELEASE, HostError, submodule
 from .hparams import filled_in
+
+LOG = logging.getLogger(__name__)
 
 statistics_file: Callable[..., Path] = partial(statistics_path, release=IS_RELEASE)
 
 
 def build_world(recipe: world.Recipe = world.RECIPES[world.NAME], quiet: bool = False) -> world.World:
-    """The world of :func:`kdpo_easyedit.world.build`, with covariance statistics where EasyEdit's MEMIT looks for them.
+    """The world of :func:`kdpo_easyedit.models.world.build`, with second moments where EasyEdit's MEMIT looks for them.
 
     Raises:
-        WorldError, OSError: as :func:`kdpo_easyedit.world.build`.
+        WorldError, OSError: as :func:`kdpo_easyedit.models.world.build`.
     """
     built = world.build(recipe, quiet)
     names = [f"transformer.h.{layer}.mlp.c_proj" for layer in range(recipe.layers)]
     files = [statistics_file(built.statistics, str(built.folder), name, world.NAME, recipe.samples) for name in names]
-    missing = [name for name, file in zip(names, files) if not file.is_file()]
-    if missing:
+    if not all(file.is_file() for file in files):
         model = AutoModelForCausalLM.from_pretrained(built.folder)
         tok = AutoTokenizer.from_pretrained(built.folder)
-        for name in tqdm(missing, desc="covariance statistics of the world", unit="layer", disable=quiet):
-            compute_statistics(model, tok, name, built.statistics, world.NAME, recipe.samples, texts=built.passages())
+        text = Text(world.NAME, built.passages()[: recipe.samples])
+        make(model, tok, names, text, built.statistics, dataset=world.NAME, release=IS_RELEASE, quiet=quiet)
     return built
 
 
-def make_statistics(model: Any, tok: Any, hparams: Any, texts: Sequence[str] = (), quiet: bool = False) -> list[Path]:
-    """EasyEdit's files of the second moments that a method needs, one a layer; those that are missing are made.
+def needs_statistics(hparams: Any) -> bool:
+    """Whether a method goes by second moments."""
+    return getattr(hparams, "mom2_adjustment", hasattr(hparams, "mom2_dataset"))
+
+
+def with_text(hparams: Any, text: Text) -> Any:
+    """Let hyper-parameters name a text's statistics."""
+    if needs_statistics(hparams):
+        hparams.mom2_dataset, hparams.mom2_n_samples = text.dataset, len(text.passages)
+    return hparams
+
+
+def prepare(model: Any, tok: Any, methods: Sequence[Any], text: Text | None = None, quiet: bool = False) -> list[Path]:
+    """EasyEdit's files of the second moments that methods need, one a layer; those that are missing are made, in one pass.
 
     Args:
-        texts: what to take them over; left out, EasyEdit fetches the dataset that they are named after.
+        methods: hyper-parameters, all with the same model.
+        text: what to take them over, for those that :func:`with_text` has named; left out, EasyEdit fetches its dataset.
         quiet: show no progress.
 
     Raises:
-        HostError: one is missing and cannot be made here.
+        HostError: one is missing and cannot be made here, or is another model's.
     """
-    if not getattr(hparams, "mom2_adjustment", hasattr(hparams, "mom2_dataset")):
-        return []
-    hparams = filled_in(hparams, model)
-    stats_dir, settings = Path(hparams.stats_dir), (hparams.mom2_dataset, hparams.mom2_n_samples, hparams.mom2_dtype)
-    files = []
-    for layer in sorted(hparams.layers):
-        name = hparams.rewrite_module_tmp.format(layer).removesuffix(".weight")
-        file = statistics_file(stats_dir, model.config.name_or_path, name, *settings)
-        files.append(file)
-        if file.is_file():
-            continue
-        try:
-            bar = partial(tqdm, desc=f"statistics of {name}", unit="batch", file=sys.__stderr__, disable=quiet)
-            compute_statistics(model, tok, name, stats_dir, *settings, texts=texts, progress=bar)
-        except Exception as error:  # whatever a dataset that cannot be had comes as
-            raise HostError(
-                f"{file}: there are no such statistics, and they cannot be computed from {hparams.mom2_dataset!r} here "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); run_kdpo.py --stats_text FILE computes "
-                "them from a text of yours"
-            ) from None
-    return files
+    needed: dict[tuple[Any, ...], dict[str, Path]] = {}
+    for hparams in filter(needs_statistics, methods):
+        hparams = filled_in(hparams, model)
+        settings = str(hparams.stats_dir), hparams.mom2_dataset, hparams.mom2_n_samples, hparams.mom2_dtype
+        for layer in sorted(hparams.layers):
+            name = hparams.rewrite_module_tmp.format(layer).removesuffix(".weight")
+            file = statistics_file(Path(settings[0]), model.config.name_or_path, name, *settings[1:])
+            needed.setdefault(settings, {})[name] = file
+    try:
+        for (stats_dir, dataset, samples, dtype), files in needed.items():
+            if text is not None and dataset == text.dataset:
+                make(model, tok, list(files), text, Path(stats_dir), dtype=dtype, release=IS_RELEASE, quiet=quiet)
+                continue
+            for name, file in files.items():
+                if not file.is_file():
+                    _fetched(model, tok, name, Path(stats_dir), dataset, samples, dtype, file, quiet)
+            weights = fingerprints(model, list(files))
+            for name, file in files.items():
+                check(file, weights[name])
+    except StatisticsError as error:
+        raise HostError(str(error)) from None
+    return [file for files in needed.values() for file in files.values()]
+
+
+def _fetched(
+    model: Any, tok: Any, name: str, stats_dir: Path, dataset: str, samples: int, dtype: str, file: Path, quiet: bool
+) -> None:
+    try:
+        bar = partial(tqdm, desc=f"statistics of {name}", unit="batch", file=sys.__stderr__, disable=quiet)
+        compute_statistics(model, tok, name, stats_dir, dataset, samples, dtype, progress=bar)
+    except Exception as error:  # whatever a dataset that cannot be had comes as
+        raise HostError(
+            f"{file}: there are no such statistics, and they cannot be computed from {dataset!r} here "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); --stats_text FILE takes them over a text of yours"
+        ) from None
 
 
 def compute_statistics(

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..files import whole
-from .replay import _by_onednn, forward_as, frozen
+from .replay import by_onednn, forward_as, frozen
 from .weights import stored
 
 LOG = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def make(
     weights = fingerprints(model, names)
     for name, file in files.items():
         if file.is_file():
-            _of_this_model(file, weights[name])
+            check(file, weights[name])
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
         partial = files[missing[0]].with_name(f"unfinished_{dtype}_mom2_{samples}.safetensors")
@@ -246,7 +246,7 @@ def read(file: Path, model: Any, name: str, weights: Fingerprint | None = None) 
         StatisticsError: it cannot be read, is of another shape, or of a model with other weights below the projection.
             Whether it is positive semidefinite is left to whoever factorises it.
     """
-    about = _of_this_model(file, weights or fingerprints(model, [name])[name])
+    about = check(file, weights or fingerprints(model, [name])[name])
     total, count = _arrays(file)
     if about and about.diagonal != _diagonal(total):
         raise StatisticsError(f"{file}: not the file that {_beside(file).name} beside it speaks of; remove both")
@@ -257,6 +257,28 @@ def read(file: Path, model: Any, name: str, weights: Fingerprint | None = None) 
             + _ANEW
         )
     return _mean(file, total, count)
+
+
+def check(file: Path, weights: Fingerprint) -> Provenance | None:
+    """What is known of a file; None where nothing is, because EasyEdit made it, which the log says.
+
+    Args:
+        weights: of :func:`fingerprints`, of the projection.
+
+    Raises:
+        StatisticsError: it is of a model with other weights below the projection.
+    """
+    about = provenance(file)
+    if about is None:
+        LOG.warning("%s: nothing is known of the model and the text that it was made from; taken as it is", file)
+    elif not any(
+        about.weights.get(cast) == weights[cast] for cast in (about.weights.get("dtype", ""), weights["dtype"]) if cast
+    ):
+        raise StatisticsError(
+            f"{file}: made for {about.model!r}, whose weights below {about.layer} are not this model's; "
+            f"name another stats_dir, or {_ANEW}"
+        )
+    return about
 
 
 def second_moment(file: Path) -> Tensor:
@@ -280,21 +302,6 @@ def provenance(file: Path) -> Provenance | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise StatisticsError(f"{_beside(file)}: it does not say what {file.name} is of: {error}; remove both") from None
-
-
-def _of_this_model(file: Path, weights: Fingerprint) -> Provenance | None:
-    """What is known of a file, where that does not speak against this model."""
-    about = provenance(file)
-    if about is None:
-        LOG.warning("%s: nothing is known of the model and the text that it was made from; taken as it is", file)
-    elif not any(
-        about.weights.get(cast) == weights[cast] for cast in (about.weights.get("dtype", ""), weights["dtype"]) if cast
-    ):
-        raise StatisticsError(
-            f"{file}: made for {about.model!r}, whose weights below {about.layer} are not this model's; "
-            f"name another stats_dir, or {_ANEW}"
-        )
-    return about
 
 
 def _arrays(file: Path) -> tuple[np.ndarray, int]:
@@ -508,7 +515,7 @@ def collect(
     with frozen(model), torch.no_grad(), ExitStack() as stack:
         for module in model.modules():
             if type(module) is nn.Linear and "forward" not in vars(module):  # accelerate keeps a forward there
-                stack.enter_context(forward_as(module, _by_onednn(module)))
+                stack.enter_context(forward_as(module, by_onednn(module)))
         for module in projections:
             stack.callback(module.register_forward_pre_hook(take).remove)
         bar = stack.enter_context(
