@@ -12,7 +12,6 @@ from rich.console import Console
 from kdpo_easyedit import apply_edits
 from kdpo_easyedit.bench.by_hand import Said, edit_by_hand
 from kdpo_easyedit.bench.datasets import DatasetError
-from kdpo_easyedit.bench.measuring import continuation
 from kdpo_easyedit.bench.protocols import Method
 from kdpo_easyedit.easyedit.hparams import load_hparams
 from kdpo_easyedit.method.kdpo import execute_kdpo
@@ -26,6 +25,11 @@ def record(requests):
     locality = request["locality"]["Relation_Specificity"]["prompt"][0]
     keys = ("prompt", "target_new", "rephrase_prompt", "subject")
     return {key: request[key] for key in keys} | {"locality_prompt": locality}
+
+
+def written(model, tok, prompts, record) -> dict[str, str]:
+    answers = write_answers(model, tok, list(prompts.values()), [record["target_new"]] * len(prompts))
+    return {key: answer.text for key, answer in zip(prompts, answers)}
 
 
 def likelihood(model, tok, record) -> float:
@@ -47,12 +51,12 @@ def test_texts_probabilities_and_steps_are_the_models_own_and_the_edit_is_kept(f
     said, after = edit_by_hand([Method("KDPO", hparams)], record, save_edits=file)
     assert same_state(before, state(model)) and [path.name for path in tmp_path.iterdir()] == [file.name]
     prompts = {key: record[key] for key in ("prompt", "rephrase_prompt", "locality_prompt")}
-    assert said.texts == {key: continuation(model, tok, p, record["target_new"]) for key, p in prompts.items()}
+    assert said.texts == written(model, tok, prompts, record)
     assert said.probability == pytest.approx(likelihood(model, tok, record), rel=1e-4) and said.seconds is None
     assert {key: after.trace[key] for key in trace.to_dict()} == trace.to_dict() and after.seconds > 0
 
     apply_edits(model, file)
-    assert after.texts == {key: continuation(model, tok, p, record["target_new"]) for key, p in prompts.items()}
+    assert after.texts == written(model, tok, prompts, record)
     assert after.texts["prompt"].startswith(record["target_new"])
     assert after.probability == pytest.approx(likelihood(model, tok, record), rel=1e-4) and after.probability > 0.3
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batches import Batching, in_batches, logits_at, network, running
+from .measuring import batching_for
+from .schema import Summary
 
 #: How much text is read, in tokens, and in passages of at most how many.
 TOKENS, PASSAGE = 2000, 128
@@ -79,3 +81,21 @@ def read(model: Any, tok: Any, texts: Sequence[str], tokens: int = TOKENS, batch
     with running(model, batching):
         read = in_batches(run, list(map(len, passages)), batching.tokens or 512, 1 if batching.one_by_one else None)
     return Reading(torch.cat([loss for loss, _ in read]), torch.cat([distribution for _, distribution in read]))
+
+
+@dataclass(frozen=True)
+class Ability:
+    """What edited models are held against.
+
+    Attributes:
+        texts: what they read.
+        before: how the unedited model read it.
+    """
+
+    texts: Sequence[str]
+    before: Reading
+
+    def added_to(self, row: Summary, model: Any, tok: Any) -> Summary:
+        """A row with its model's perplexity, and its divergence from the unedited one."""
+        now = read(model, tok, self.texts, batching=batching_for(model))
+        return replace(row, perplexity=round(now.perplexity, 4), divergence=round(now.divergence(self.before), 6))

@@ -14,9 +14,10 @@ from ..easyedit import methods as algorithms
 from ..easyedit.loading import in_place
 from ..edits import save_edits as write_edits
 from .datasets import DatasetError, Request, flat
-from .measuring import check_length, continuation, target_probability
+from .measuring import batching_for, check_length, target_probability
 from .protocols import Method, editor_of, plain, timed_edit
 from .schema import SINGLE
+from .writing import write_answers
 
 #: The fields of a record that are prompts, and what they are shown as.
 PROMPTS = {"prompt": "prompt", "rephrase_prompt": "rephrasing", "locality_prompt": "locality"}
@@ -61,7 +62,7 @@ def edit_by_hand(
         HostError: a model or device that cannot be had.
     """
     request = check_record(methods, record)
-    prompts = {field: record[field] for field in PROMPTS if record.get(field)}
+    prompts = {field: request.get(field) or record[field].rstrip() for field in PROMPTS if record.get(field)}
     save_edits = save_edits and save_edits.resolve()
     methods = [Method(method.name, in_place(method.hparams)) for method in methods]
     with tempfile.TemporaryDirectory() as logs, algorithms.output_to(Path(logs)):
@@ -70,7 +71,9 @@ def edit_by_hand(
             check_length(f"{field} and target_new", f"{prompt} {request['target_new']}", first.model, first.tok)
 
         def said(model: Any, name: str, seconds: float | None = None, trace: dict[str, Any] | None = None) -> Said:
-            texts = {field: continuation(model, first.tok, prompt, request["target_new"]) for field, prompt in prompts.items()}
+            targets = [request["target_new"]] * len(prompts)
+            answers = write_answers(model, first.tok, list(prompts.values()), targets, batching=batching_for(model))
+            texts = {field: answer.text for field, answer in zip(prompts, answers)}
             return Said(name, texts, target_probability(model, first.tok, request), seconds, trace or {})
 
         found = [said(first.model, "(before)")]

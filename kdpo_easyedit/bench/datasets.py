@@ -1,37 +1,49 @@
 """Benchmark files on disk → EasyEdit's requests.
 
 A request is the mapping that EasyEdit's methods and metrics read: ``prompt``, ``target_new``, ``ground_truth``,
-``subject``, ``rephrase_prompt`` (where there is one), and ``locality`` and ``portability``, which map a kind to its lists
-of prompts and answers.
+``subject``, ``rephrase_prompt`` (where there is one: text; where there are several: a list of texts, whose mean counts), and
+``locality`` and ``portability``, which map a kind to its lists of prompts and answers.
+
+A file is JSON (a list of records), JSON Lines (a record a line; a line ends at ``\\n`` alone) or, by its suffix, CSV (a header,
+a record a row); any of them may be compressed with gzip. What a record may look like is in :mod:`.layouts`; each is told by its
+own keys, so that a file may mix them. A record may hold several edits: one a language (Bi-ZsRE, MzsRE), one a rewrite (MQuAKE).
 
 Files in use are not all clean. The rules, in every layout:
 
-* Of an answer with aliases, however deep they are nested, the first counts.
+* Of an answer with aliases, however deep they are nested, the first counts. A number is text, as it is written.
 * A question without an answer is left out. A record without a new answer, as zsre_mend has some, is passed over.
+* White space at the end of a prompt and around an answer is cut: training and metrics then both put one space between them.
+* ``{}`` in a prompt is the place of the subject, as in ROME's files, and is filled in.
 * A subject is found in the prompt also in other letters. Where it is not in the prompt, it is empty: methods that look for it
   there (ROME, MEMIT) cannot make such an edit, and where one of them is compared the record is left out, for all alike.
-* Of records with the same prompt the first is kept: edits of one prompt overwrite each other.
-* What is left out is counted in the log. A prompt, or a target that should be there and is not, or anything of the wrong
-  type, is an error that names the record.
+* Of edits with the same prompt the first is kept: they would overwrite each other.
+* What is left out or cut is counted in the log, a line a kind. A prompt, or a target that should be there and is not, or
+  anything of the wrong type, is an error that names the record.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import logging
 import random
-from collections.abc import Callable
+import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .layouts import LAYOUTS, DatasetError, Edit, Question, Record, edits_of, prompt_and_target, short
+
 LOG = logging.getLogger(__name__)
 
-Record = dict[str, Any]
 Request = dict[str, Any]
 
+#: The names of the layouts that are known.
+DATATYPES = tuple(LAYOUTS)
 
-class DatasetError(ValueError):
-    """A benchmark file that cannot be used; the message names the file, the record, the field and its value."""
+_NO_ANSWER = "records without a new answer, left out"
 
 
 def load_requests(
@@ -44,265 +56,190 @@ def load_requests(
     """Read a benchmark file.
 
     Args:
-        path: a JSON file, a list of records; or JSON Lines, a record a line.
-        datatype: one of :data:`DATATYPES`; left out, the first record's keys tell.
-        size: how many records to take from the start; left out, all.
-        shuffle: a seed: take them in random order.
-        need_subject: leave out records whose subject is not in the prompt.
+        path: a JSON file, a list of records; JSON Lines, a record a line; or CSV, a record a row. Each also as ``.gz``.
+        datatype: one of :data:`DATATYPES`, for all records; left out, each record's keys tell.
+        size: how many edits to take from the start; left out, all.
+        shuffle: a seed: take the records in random order.
+        need_subject: leave out edits whose subject is not in the prompt.
 
     Raises:
         DatasetError: no such file, a layout that is not known, a record that lacks something, or too few of them.
     """
     path = Path(path)
+    if datatype is not None and datatype not in LAYOUTS:
+        raise DatasetError(f"datatype is {short(datatype)}; allowed: {', '.join(DATATYPES)}")
     records = _records(path)
-    if datatype is None:
-        datatype = next((name for name, (marks, _) in _LAYOUTS.items() if marks <= records[0].keys()), None)
-        if datatype is None:
-            raise DatasetError(
-                f"{path}: its records' keys ({', '.join(records[0])}) are of no known layout; known: {', '.join(DATATYPES)}"
-            )
-    elif datatype not in DATATYPES:
-        raise DatasetError(f"datatype is {datatype!r}; allowed: {', '.join(DATATYPES)}")
-    _, read = _LAYOUTS[datatype]
     requests: dict[str, Request] = {}
-    left_out = dict.fromkeys(
-        ("without a new answer", "with a prompt that was there before", "without their subject in the prompt"), 0
-    )
+    notes: Counter[str] = Counter()
     order = list(range(len(records)))
     if shuffle is not None:
         random.Random(shuffle).shuffle(order)
     for number in order:
         try:
-            request = read(records[number])
+            edits = edits_of(records[number], datatype)
+            notes[_NO_ANSWER] += not edits
+            for edit in edits:
+                if len(requests) != size:
+                    _add(requests, edit, need_subject, notes)
         except DatasetError as error:
             raise DatasetError(f"{path}: record {number}: {error}") from None
-        if request is None:
-            left_out["without a new answer"] += 1
-        elif request["prompt"] in requests:
-            left_out["with a prompt that was there before"] += 1
-        elif need_subject and not request["subject"]:
-            left_out["without their subject in the prompt"] += 1
-        else:
-            requests[request["prompt"]] = request
         if len(requests) == size:
             break
-    for reason, count in left_out.items():
+    for note, count in notes.items():
         if count:
-            LOG.warning("%s: %d of %d records %s are left out", path, count, len(records), reason)
+            LOG.warning("%s: %s: %d (in %d records)", path, note, count, len(records))
     if len(requests) < (size or 1):
         wanted = "at least one is needed" if size is None else f"ds_size is {size}"
         raise DatasetError(f"{path}: {wanted}, and the file has {len(requests)} records to edit")
     return list(requests.values())
 
 
+def flat(record: Record) -> Request:
+    """The request of one record that is flat: ``prompt``, ``target_new``, and whatever else there is, side by side.
+
+    Raises:
+        DatasetError: it lacks something.
+    """
+    (edit,) = prompt_and_target(record)
+    return _request(edit, Counter())
+
+
 def read_passages(path: str | Path) -> list[str]:
-    """The lines of a text file that are not empty.
+    """The lines of a text file that are not empty; a line ends at ``\\n`` alone.
 
     Raises:
         DatasetError: it cannot be read, or has none.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read as text: {error}") from None
-    passages = [line.strip() for line in lines if line.strip()]
+    passages = [line.strip() for line in _read(Path(path)).split("\n") if line.strip()]
     if not passages:
         raise DatasetError(f"{path}: it holds no text")
     return passages
 
 
-def _records(path: Path) -> list[Record]:
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: not in UTF-8: {error}") from None
-    try:
-        records = json.loads(text)
-        if isinstance(records, dict):  # one line of JSON Lines
-            records = [records]
-    except ValueError as error:
-        records = []
-        for number, line in enumerate(text.splitlines()):
-            try:
-                records += [json.loads(line)] if line.strip() else []
-            except ValueError:
-                where = f"line {number + 1} is no record" if records else str(error)
-                raise DatasetError(f"{path}: not a JSON file: {where}") from None
+        raise DatasetError(f"{path}: not in UTF-8: {error.reason} at byte {error.start}") from None
+    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+        raise DatasetError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _records(path: Path) -> list[Record]:
+    text = _read(path)
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    records = _table(path, text) if suffix in (".csv", ".tsv") else _json(path, text)
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
         raise DatasetError(f"{path}: expected a list of records, at least one")
     return records
 
 
-def _knowedit(record: Record) -> Request:
-    """KnowEdit's ZsRE, WikiData recent and WikiData counterfact."""
-    return _request(
-        prompt=_text(record, "prompt"),
-        target=_text(record, "target_new"),
-        subject=_text(record, "subject"),
-        ground_truth=_answer(record.get("ground_truth")),
-        rephrase=record.get("rephrase_prompt"),
-        locality=_kinds(record, "locality"),
-        portability=_kinds(record, "portability"),
-    )
+def _json(path: Path, text: str) -> Any:
+    # Numbers stay as they are written; NaN, which pandas writes where nothing is, is nothing.
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=lambda _: None)
+    try:
+        records = decoder.decode(text)
+        return [records] if isinstance(records, dict) else records  # one line of JSON Lines
+    except (ValueError, RecursionError) as error:
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                records += [decoder.decode(line)] if line.strip() else []
+            except (ValueError, RecursionError):
+                where = f"line {number} is no record" if records else str(error)
+                raise DatasetError(f"{path}: not a JSON file: {where}") from None
+        return records
 
 
-def _wikibio(record: Record) -> Request:
-    """KnowEdit's WikiBio: the prompt is a passage, the target the sentence that should follow."""
-    return _request(
-        prompt=_text(record, "text"),
-        target=_text(record, "labels"),
-        subject=_text(record, "concept"),
-        locality=_kinds(record, "locality"),
-    )
+def _table(path: Path, text: str) -> list[Record]:
+    header = text.partition("\n")[0]
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    try:
+        records = [{key: value or None for key, value in row.items()} for row in rows]
+    except csv.Error as error:
+        raise DatasetError(f"{path}: not a CSV file: line {rows.reader.line_num}: {error}") from None
+    for number, record in enumerate(records):
+        if None in record:
+            raise DatasetError(f"{path}: record {number} has more cells than the header; quote those with a delimiter in them")
+    return records
 
 
-def _mend(record: Record) -> Request | None:
-    """ZsRE as MEND and ROME have it, and EasyEdit's file that adds a portability question to it.
-
-    Some of its records have no new answer; EasyEdit passes over them, and so do we.
-    """
-    if record.get("alt") == "":
-        return None
-    locality = {"neighborhood": _pairs([(_text(record, "loc"), _answer(record.get("loc_ans")))])}
-    portability = {}
-    if record.get("portability"):
-        asked = _mapping(record, "portability")
-        portability["one_hop"] = _pairs([(_text(asked, "New Question"), _answer(asked.get("New Answer")))])
-    return _request(
-        prompt=_text(record, "src"),
-        target=_text(record, "alt"),
-        subject=_text(record, "subject"),
-        ground_truth=_answer(record.get("answers")),
-        rephrase=record.get("rephrase"),
-        locality=locality,
-        portability=portability,
-    )
+def _add(requests: dict[str, Request], edit: Edit, need_subject: bool, notes: Counter[str]) -> None:
+    """Take an edit among the requests, or count why not."""
+    if edit.target is None:
+        notes[_NO_ANSWER] += 1
+        return
+    cut: Counter[str] = Counter()
+    request = _request(edit, cut)
+    if request["prompt"] in requests:
+        notes["edits with a prompt that was there before, left out"] += 1
+    elif need_subject and not request["subject"]:
+        notes["edits without their subject in the prompt, left out"] += 1
+    else:
+        requests[request["prompt"]] = request
+        notes.update(cut)
 
 
-def _rome(record: Record) -> Request:
-    """CounterFact as ROME's authors published it."""
-    rewrite = _mapping(record, "requested_rewrite")
-    subject, true = _text(rewrite, "subject"), _text(_mapping(rewrite, "target_true"), "str")
-    neighbours = _texts(record, "neighborhood_prompts")
-    return _request(
-        prompt=_text(rewrite, "prompt").replace("{}", subject),
-        target=_text(_mapping(rewrite, "target_new"), "str"),
-        subject=subject,
-        ground_truth=true,
-        rephrase=next(iter(_texts(record, "paraphrase_prompts")), None),
-        locality={"neighborhood": _pairs([(prompt, true) for prompt in neighbours])},
-    )
+def _request(edit: Edit, notes: Counter[str]) -> Request:
+    """An edit by the rules above."""
+    given = edit.subject.strip()
 
+    def prompt(text: str, name: str) -> str:
+        places = text.count("{}")
+        if places and (places > 1 or not given):
+            lack = "no subject is given" if places == 1 else f"there are {places} of them"
+            raise DatasetError(f"{name} is {short(text)}; {{}} is the place of the subject, and {lack}: write the prompt out")
+        notes["prompts with white space at the end, cut"] += text != text.rstrip()
+        return _sound(text.replace("{}", given).rstrip(), name)
 
-def flat(record: Record) -> Request:
-    """A prompt and a new answer, and whatever else there is, side by side: EasyEdit's CounterFact, WikiBigEdit, your own."""
+    def answer(text: str) -> str:
+        notes["answers with white space around them, cut"] += text != text.strip()
+        return _sound(text.strip(), "an answer")
 
-    def asked(section: str) -> dict[str, list[str]]:
-        prompt = record.get(f"{section}_prompt")
-        return _pairs([(_text(record, f"{section}_prompt"), _answer(record.get(f"{section}_ground_truth")))] if prompt else [])
+    def section(kinds: dict[str, list[Question]], name: str) -> dict[str, dict[str, list[str]]]:
+        asked: dict[str, dict[str, list[str]]] = {}
+        for kind, questions in kinds.items():
+            for text, truth in questions:
+                if truth is None:
+                    notes["questions without an answer, left out"] += 1
+                    continue
+                pairs = asked.setdefault(kind, {"prompt": [], "ground_truth": []})
+                pairs["prompt"].append(prompt(text, f"{name}.{kind}"))
+                pairs["ground_truth"].append(answer(truth))
+        return asked
 
-    return _request(
-        prompt=_text(record, "prompt"),
-        target=_text(record, "target_new"),
-        subject=record.get("subject") or "",
-        ground_truth=_answer(record.get("ground_truth")),
-        rephrase=record.get("rephrase_prompt"),
-        locality={"neighborhood": asked("locality")},
-        portability={"one_hop": asked("portability")},
-    )
-
-
-# A layout's name → the keys that tell it, and its reader.
-_KNOWEDIT = ({"prompt", "target_new", "locality"}, _knowedit)
-_LAYOUTS: dict[str, tuple[set[str], Callable[[Record], Request | None]]] = {
-    "knowedit": _KNOWEDIT,
-    "zsre": _KNOWEDIT,  # EasyEdit's names of KnowEdit's files
-    "recent": _KNOWEDIT,
-    "counterfact": _KNOWEDIT,
-    "wikibio": ({"text", "labels", "concept"}, _wikibio),
-    "zsre_mend": ({"src", "alt", "loc"}, _mend),
-    "counterfact_rome": ({"requested_rewrite"}, _rome),
-    "flat": ({"prompt", "target_new"}, flat),
-}
-DATATYPES = tuple(_LAYOUTS)
-
-
-def _request(
-    prompt: str,
-    target: str,
-    subject: str,
-    ground_truth: str | None = None,
-    rephrase: Any = None,
-    locality: dict[str, Any] | None = None,
-    portability: dict[str, Any] | None = None,
-) -> Request:
-    if not isinstance(subject, str):
-        raise DatasetError(f"subject is {subject!r}; expected text")
-    if subject not in prompt:
-        start = prompt.casefold().find(subject.casefold())
-        found = prompt[start : start + len(subject)] if start >= 0 else ""
-        subject = found if found.casefold() == subject.casefold() else ""
-    request: Request = {
-        "prompt": prompt,
-        "target_new": target,
-        "subject": subject,
-        "ground_truth": ground_truth,
-        "locality": _asked(locality or {}),
-        "portability": _asked(portability or {}),
-    }
-    if isinstance(rephrase, str) and rephrase.strip():
-        request["rephrase_prompt"] = rephrase
+    request: Request = {"prompt": prompt(edit.prompt, "prompt"), "target_new": answer(edit.target or "")}
+    request["subject"] = _subject(given, request["prompt"])
+    notes["subjects that are not in their prompt, taken as empty"] += bool(given) and not request["subject"]
+    request["ground_truth"] = edit.ground_truth and answer(edit.ground_truth)
+    request["locality"] = section(edit.locality, "locality")
+    request["portability"] = section(edit.portability, "portability")
+    rephrasings = list(dict.fromkeys(prompt(text, "rephrase_prompt") for text in edit.rephrasings))
+    if rephrasings:
+        request["rephrase_prompt"] = rephrasings[0] if len(rephrasings) == 1 else rephrasings
     return request
 
 
-def _mapping(record: Record, field: str) -> Record:
-    value = record.get(field)
-    if not isinstance(value, dict):
-        raise DatasetError(f"{field} is {value!r}; expected a mapping")
-    return value
+def _sound(text: str, name: str) -> str:
+    """A text that can be written and tokenised: JSON's escapes can also spell halves of characters.
+
+    Raises:
+        DatasetError: it holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(f"{name} is {short(ascii(text))}; character {error.start} is half a surrogate pair") from None
+    return text
 
 
-def _texts(record: Record, field: str) -> list[str]:
-    value = record.get(field) or []
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise DatasetError(f"{field} is {value!r}; expected a list of texts")
-    return value
-
-
-def _text(record: Record, field: str) -> str:
-    value = record.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise DatasetError(f"{field} is {value!r}; expected text")
-    return value
-
-
-def _answer(value: Any) -> str | None:
-    """The first of an answer's aliases, however deep the file nests them; None where there is none."""
-    while isinstance(value, list):
-        value = next((alias for alias in value if alias), None)
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _kinds(record: Record, section: str) -> dict[str, Any]:
-    """KnowEdit's ``{kind: [{prompt, ground_truth}, …]}``; questions without an answer are left out."""
-    kinds = record.get(section) or {}
-    if not isinstance(kinds, dict):
-        raise DatasetError(f"{section} is {kinds!r}; expected a mapping of kinds to lists of prompts")
-    result = {}
-    for kind, items in kinds.items():
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise DatasetError(f"{section}.{kind} is {items!r}; expected a list of {{prompt, ground_truth}}")
-        result[kind] = _pairs([(_text(item, "prompt"), _answer(item.get("ground_truth"))) for item in items])
-    return result
-
-
-def _asked(kinds: dict[str, Any]) -> dict[str, Any]:
-    return {kind: pairs for kind, pairs in kinds.items() if pairs["prompt"]}
-
-
-def _pairs(asked: list[tuple[str, str | None]]) -> dict[str, list[str]]:
-    """Prompts and answers in EasyEdit's layout."""
-    answered = [(prompt, answer) for prompt, answer in asked if answer is not None]
-    return {"prompt": [prompt for prompt, _ in answered], "ground_truth": [answer for _, answer in answered]}
+def _subject(subject: str, prompt: str) -> str:
+    """The subject as it stands in the prompt; empty where it does not."""
+    if subject in prompt:
+        return subject
+    start = prompt.casefold().find(subject.casefold())
+    found = prompt[start : start + len(subject)] if start >= 0 else ""
+    return found if found.casefold() == subject.casefold() else ""

@@ -4,40 +4,105 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..easyedit import host
+from ..easyedit.main import decide_at
 from ..easyedit.measuring import edit_quality
 from ..method.preference import edit_tokens, teacher_forced_negatives
+from .answers import answers, exact
+from .batches import Batching
 from .datasets import DatasetError, Request
-from .schema import MEASURES, EditMetrics, Metrics, Summary
-from .significance import mean_interval, share_interval
+from .metrics import measure as measure_in_batches
+from .metrics import with_locality
+from .schema import FOUR, MEASURES, EditMetrics, Metrics, Summary
+from .significance import joint_interval, mean_interval, share_interval
+from .writing import write_answers
 
 
-def measure(editor: Any, model: Any, request: Request, seed: int) -> Metrics:
-    """EasyEdit's metrics; beside them, what the model writes on its own, and whether that answers with the target."""
-    seed_everything(seed)  # so that what fluency samples does not hang on what was measured before
-    metrics = edit_quality(editor, model, request)
-    metrics["generated"] = {}
-    for key, prompt in (("rewrite", request["prompt"]), ("rephrase", request.get("rephrase_prompt"))):
-        if prompt:
-            text = continuation(model, editor.tok, prompt, request["target_new"])
-            metrics["generated"] |= {key: text, f"{key}_acc": float(answers(text, request["target_new"]))}
-    return metrics
+@dataclass(frozen=True)
+class Measuring:
+    """How a run measures: the same for all of its methods, and part of what the run is.
+
+    Attributes:
+        engine: ``"batched"``, this package's, or ``"easyedit"``, the host's own code, one prompt at a time: the same
+            figures but for fluency (see :mod:`.metrics`).
+        contexts: how written answers are asked for, of :data:`.writing.CONTEXTS`; the first one's are those of the tables.
+        fluency: whether texts are written for it, which takes longer than all else.
+    """
+
+    engine: str = "batched"
+    contexts: tuple[str, ...] = ("plain",)
+    fluency: bool = True
 
 
-def measure_after(editor: Any, model: Any, entry: EditMetrics, seed: int) -> Metrics:
-    """EasyEdit's metrics of an edited model, with locality: the share of tokens that it says as it did before the edit."""
-    post = measure(editor, model, entry.requested_rewrite, seed)
-    before, after = entry.pre["locality"], post["locality"]
-    for kind in entry.requested_rewrite["locality"]:
-        pairs = zip(before[f"{kind}_output"], after[f"{kind}_output"], strict=True)
-        after[f"{kind}_acc"] = [float(np.mean(np.equal(old, new))) for old, new in pairs]
-    return post
+def measure(editor: Any, model: Any, requests: Sequence[Request], seed: int, how: Measuring = Measuring()) -> list[Metrics]:
+    """EasyEdit's metrics of every request; beside them, what the model writes on its own, and whether that is the target.
+
+    Returns:
+        For each request what :func:`.metrics.measure` gives, and ``generated``: of ``rewrite`` and ``rephrase`` the texts, one
+        a prompt, whether each begins with the target (``…_acc``), is the target (``…_exact``) and ended by itself
+        (``…_stopped``); for other contexts than the first, the same under ``generated_CONTEXT``.
+    """
+    tok = editor.tok
+    batching = batching_for(model)
+    if how.engine == "easyedit":
+        measured = []
+        for request in requests:
+            seed_everything(seed)  # so that what fluency samples does not hang on what was measured before
+            prompts = rephrasings(request)  # of a list, the host would read letters
+            one = {**request, "rephrase_prompt": prompts[0]} if prompts else request
+            quality = edit_quality(editor, model, one, how.fluency)
+            for prompt in prompts[1:]:
+                alone = {**request, "rephrase_prompt": prompt, "locality": {}, "portability": {}}
+                quality["rephrase_acc"] += edit_quality(editor, model, alone, fluency=False)["rephrase_acc"]
+            measured.append(quality)
+    else:
+        measured = measure_in_batches(model, tok, requests, how.fluency, old_answers=True, seed=seed, batching=batching)
+    asked = [
+        (number, kind, prompt)
+        for number, request in enumerate(requests)
+        for kind, prompts in (("rewrite", [request["prompt"]]), ("rephrase", rephrasings(request)))
+        for prompt in prompts
+    ]
+    targets = [requests[number]["target_new"] for number, _, _ in asked]
+    for context in how.contexts:
+        key = "generated" if context == how.contexts[0] else f"generated_{context}"
+        written = write_answers(model, tok, [prompt for _, _, prompt in asked], targets, context, batching=batching)
+        for (number, kind, _), answer, target in zip(asked, written, targets):
+            texts = measured[number].setdefault(key, {})
+            for name, value in (
+                (kind, answer.text),
+                (f"{kind}_acc", float(answers(answer.text, target))),
+                (f"{kind}_exact", float(exact(answer.text, target))),
+                (f"{kind}_stopped", float(answer.stopped)),
+            ):
+                texts.setdefault(name, []).append(value)
+    return measured
+
+
+def measure_after(
+    editor: Any, model: Any, entries: Sequence[EditMetrics], seed: int, how: Measuring = Measuring()
+) -> list[Metrics]:
+    """:func:`measure` of an edited model, with locality: the share of tokens that it says as it did before the edit."""
+    measured = measure(editor, model, [entry.requested_rewrite for entry in entries], seed, how)
+    return [with_locality(entry.pre, post) for entry, post in zip(entries, measured)]
+
+
+def batching_for(model: Any) -> Batching:
+    """How a model is run: one that a method has wrapped decides for each prompt by itself whether an edit is asked for."""
+    return Batching(one_by_one=True, decide_at=decide_at) if host.is_wrapper(model) else Batching()
+
+
+def rephrasings(request: Request) -> list[str]:
+    """A request's rephrased prompts: EasyEdit has one, or a list."""
+    given = request.get("rephrase_prompt") or []
+    return [given] if isinstance(given, str) else list(given)
 
 
 def per_edit(metrics: Sequence[EditMetrics], phase: str) -> dict[str, list[float | None]]:
@@ -49,14 +114,23 @@ def per_edit(metrics: Sequence[EditMetrics], phase: str) -> dict[str, list[float
     def section(entry: EditMetrics, name: str) -> list[float]:
         return [score for key, scores in getattr(entry, phase)[name].items() if key.endswith("_acc") for score in scores]
 
+    def written(key: str) -> list[float | None]:
+        return [mean(getattr(entry, phase)["generated"].get(key, [])) for entry in metrics]
+
     return {
         "edit_success": [mean(getattr(entry, phase)["rewrite_acc"]) for entry in metrics],
         "generalization": [mean(getattr(entry, phase).get("rephrase_acc", [])) for entry in metrics],
         "locality": [mean(section(entry, "locality")) for entry in metrics],
         "portability": [mean(section(entry, "portability")) for entry in metrics],
-        "fluency": [mean(getattr(entry, phase)["fluency"]["ngram_entropy"], scale=1) for entry in metrics],
-        "generated_success": [mean(getattr(entry, phase)["generated"]["rewrite_acc"]) for entry in metrics],
-        "generated_generalization": [mean(getattr(entry, phase)["generated"].get("rephrase_acc", [])) for entry in metrics],
+        "fluency": [mean(getattr(entry, phase).get("fluency", {}).get("ngram_entropy", []), scale=1) for entry in metrics],
+        "generated_success": written("rewrite_acc"),
+        "generated_generalization": written("rephrase_acc"),
+        "exact_success": written("rewrite_exact"),
+        "exact_generalization": written("rephrase_exact"),
+        **{
+            name: [mean(getattr(entry, phase).get("probabilities", {}).get(kind, {}).get("scores", [])) for entry in metrics]
+            for name, kind in (("es", "success"), ("ps", "paraphrase"), ("ns", "neighborhood"))
+        },
         "seconds_per_edit": [entry.time if phase == "post" else None for entry in metrics],
         "megabytes_per_edit": [
             entry.memory / 1e6 if phase == "post" and entry.memory is not None else None for entry in metrics
@@ -71,13 +145,18 @@ def summarise(method: str, protocol: str, metrics: Sequence[EditMetrics], phase:
         metrics: EasyEdit's, one entry an edit.
         phase: ``"pre"`` or ``"post"``.
     """
-    values = {key: [v for v in found if v is not None] for key, found in per_edit(metrics, phase).items()}
+    by_edit = per_edit(metrics, phase)
+    values = {key: [v for v in found if v is not None] for key, found in by_edit.items()}
     # What a first edit loads once, and keeps, is no part of what an edit takes.
     centre = {key: np.median if key == "megabytes_per_edit" else np.mean for key in values}
     means = {key: round(float(centre[key](found)), 4) if found else None for key, found in values.items()}
     intervals = {
         key: (mean_interval if key == "fluency" else share_interval)(values[key]) for key in MEASURES if len(values[key]) > 1
     }
+    if means_of_four := [value for key in FOUR if (value := means[key]) is not None]:
+        means["mean"] = round(float(sum(means_of_four) / len(means_of_four)), 4)
+        if len(metrics) > 1:
+            intervals["mean"] = joint_interval([by_edit[key] for key in FOUR])
     failed = sum(entry.error is not None for entry in metrics) if phase == "post" else 0
     return Summary(method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, failed=failed, **means)
 
@@ -87,7 +166,7 @@ def retention(metrics: Sequence[EditMetrics], parts: int = 10) -> list[float]:
 
     Empty where there are fewer edits than parts.
     """
-    success = [np.mean(entry.post["rewrite_acc"]) for entry in metrics]
+    success = [float(np.mean(entry.post["rewrite_acc"])) for entry in metrics]
     return [round(100 * float(np.mean(part)), 2) for part in np.array_split(success, parts)] if len(success) >= parts else []
 
 
@@ -109,24 +188,6 @@ def _target_logits(model: Any, tok: Any, request: Request) -> tuple[torch.Tensor
     tokens = edit_tokens(tok, request["prompt"], request["target_new"], model.device)
     with torch.no_grad():
         return model(input_ids=tokens.input_ids).logits[0, tokens.prompt_length - 1 : -1], tokens.targets
-
-
-def continuation(model: Any, tok: Any, prompt: str, target: str) -> str:
-    """What the model writes after a prompt, greedily, to the end of the line, with a little more room than the target needs."""
-    inputs = tok(prompt, return_tensors="pt").to(model.device)
-    room = len(tok(f" {target}")["input_ids"]) + 8
-    if limit := getattr(model.config, "max_position_embeddings", None):
-        room = max(1, min(room, limit - inputs["input_ids"].shape[1]))
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=tok.pad_token_id)
-    text = tok.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    return text.partition("\n")[0]
-
-
-def answers(text: str, target: str) -> bool:
-    """Whether a text begins with the target: the same words, whatever their case and the punctuation between them."""
-    said, wanted = (re.findall(r"\w+", words.casefold()) for words in (text, target))
-    return said[: len(wanted)] == wanted if wanted else text.startswith(target.strip())
 
 
 def check_length(what: str, text: str, model: Any, tok: Any) -> None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,23 @@ from ..method import kdpo_c
 from ..method.config import HParamsError, KDPOHyperParams
 from ..method.kdpo import EditTrace
 from ..method.weights import read, write
+from .ability import Ability
+from .ability import read as read_text
 from .datasets import Request
-from .measuring import check_length, measure, measure_after, per_edit, seed_everything, summarise, token_accuracy
+from .measuring import (
+    Measuring,
+    check_length,
+    measure,
+    measure_after,
+    per_edit,
+    rephrasings,
+    seed_everything,
+    summarise,
+    token_accuracy,
+)
 from .peak import PeakMemory
 from .runs import RunFolder
-from .schema import SEQUENTIAL, SINGLE, EditMetrics, PairedTest, Summary, from_json, to_json
+from .schema import SEQUENTIAL, SINGLE, EditMetrics, Metrics, PairedTest, Summary, from_json, to_json
 from .significance import paired_tests
 from .versions import versions
 
@@ -121,6 +133,8 @@ def compare(
     save_model: Path | None = None,
     stats_texts: Sequence[str] = (),
     data_name: str = "",
+    how: Measuring = Measuring(),
+    ability_texts: Sequence[str] = (),
 ) -> Comparison:
     """Run every method under every protocol. What is done is in ``folder`` at once; the same call again goes on from there.
 
@@ -145,6 +159,8 @@ def compare(
         stats_texts: what to compute covariance statistics from, where a method needs some that are not there; left out,
             EasyEdit fetches the dataset that they are named after.
         data_name: what reports call the edits.
+        how: how all methods are measured.
+        ability_texts: ordinary text that no edit is about: sequences are measured by how well the model still reads it.
 
     Raises:
         HostError: methods of different models, or a model or device that cannot be had.
@@ -162,6 +178,7 @@ def compare(
         "protocols": list(protocols),
         "checkpoints": checkpoints,
         "seed": seed,
+        "measuring": asdict(how) | {"ability": hashlib.sha256("\n".join(ability_texts).encode()).hexdigest()[:16]},
         "versions": versions(),
     }
 
@@ -172,17 +189,23 @@ def compare(
         for method in methods:
             make_statistics(first.model, first.tok, method.hparams, stats_texts, quiet)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
-        before = _measure_before(run, first, requests, seed, bar)
-        result = Comparison(summarise("(before)", "", before, "pre"), [], [], [])
+        before = _measure_before(run, first, requests, seed, how, bar)
+        unedited = summarise("(before)", "", before, "pre")
+        reading = None
+        if ability_texts and SEQUENTIAL in protocols:
+            reading = read_text(first.model, first.tok, ability_texts)
+            unedited = replace(unedited, perplexity=round(reading.perplexity, 4))
+        ability = Ability(ability_texts, reading) if reading else None
+        result = Comparison(unedited, [], [], [])
         for protocol in protocols:
             for method in methods:
                 editor = editor_of(method, first, protocol)
                 algorithms.set_memory()
                 if protocol == SINGLE:
-                    row = _edit_one_by_one(run, editor, before, method.name, seed, bar)
+                    row = _edit_one_by_one(run, editor, before, method.name, seed, how, bar)
                 else:
                     result.curve += _edit_in_sequence(
-                        run, editor, before, method.name, seed, checkpoints, bar, save_edits, save_model
+                        run, editor, before, method.name, seed, how, ability, checkpoints, bar, save_edits, save_model
                     )
                     row = result.curve[-1]
                     run.write("curve.json", to_json(result.curve))
@@ -223,24 +246,29 @@ def check(
         check_device(methods[0].hparams.device)
 
 
-def _measure_before(run: RunFolder, editor: Any, requests: Sequence[Request], seed: int, bar: Bar) -> list[EditMetrics]:
-    """EasyEdit's metrics of the model before any edit, one entry a request."""
+def _measure_before(
+    run: RunFolder, editor: Any, requests: Sequence[Request], seed: int, how: Measuring, bar: Bar
+) -> list[EditMetrics]:
+    """The metrics of the model before any edit, one entry a request."""
     journal = run.journal("before.jsonl")
     with bar(total=len(requests), initial=len(journal.entries), desc="before editing") as progress:
-        for request in requests[len(journal.entries) :]:
-            journal.append(measure(editor, editor.model, request, seed))
-            progress.update()
+        while rest := requests[len(journal.entries) :][:_AT_ONCE]:
+            for metrics in measure(editor, editor.model, rest, seed, how):
+                journal.append(metrics)
+            progress.update(len(rest))
     return [EditMetrics(number, request, pre) for number, (request, pre) in enumerate(zip(requests, journal.entries))]
 
 
-def _edit_one_by_one(run: RunFolder, editor: Any, before: Sequence[EditMetrics], name: str, seed: int, bar: Bar) -> Summary:
+def _edit_one_by_one(
+    run: RunFolder, editor: Any, before: Sequence[EditMetrics], name: str, seed: int, how: Measuring, bar: Bar
+) -> Summary:
     """Single edits, each measured and taken back."""
     journal = run.journal(f"{name}-{SINGLE}.jsonl")
     with bar(total=len(before), initial=len(journal.entries), desc=f"{name}, single edits") as progress:
         for entry in before[len(journal.entries) :]:
             edit = _tried(editor, editor.model, entry.requested_rewrite, seed)
             try:
-                post = measure_after(editor, edit.model, entry, seed)
+                (post,) = measure_after(editor, edit.model, [entry], seed, how)
             finally:
                 algorithms.undo_edits(editor, edit.originals)
             journal.append({"time": edit.seconds, "post": post, **edit.trace})
@@ -264,12 +292,14 @@ def _examples(metrics: Sequence[EditMetrics], n: int = 3) -> list[Example]:
         Example(
             entry.requested_rewrite["prompt"],
             entry.requested_rewrite["target_new"],
-            *(first_sentence(phase["generated"]["rewrite"]) for phase in (entry.pre, entry.post)),
+            *(first_sentence(phase["generated"]["rewrite"][0]) for phase in (entry.pre, entry.post)),
         )
         for entry in metrics[:n]
     ]
 
 
+# How many edits are measured together: enough to fill batches, few enough for the bar to move.
+_AT_ONCE = 32
 # The edited weights are on disk at every checkpoint, and after this many edits or seconds.
 _SAVE_EDITS, _SAVE_SECONDS = 25, 60
 # Before the names of what is saved with them that is no weight of the model's.
@@ -282,6 +312,8 @@ def _edit_in_sequence(
     before: Sequence[EditMetrics],
     name: str,
     seed: int,
+    how: Measuring,
+    ability: Ability | None,
     checkpoints: Sequence[int],
     bar: Bar,
     save_edits: Path | None,
@@ -337,13 +369,16 @@ def _edit_in_sequence(
                 file = f"metrics-{name}-{SEQUENTIAL}{'' if last else f'-at-{checkpoint}'}.json"
                 metrics = from_json(EditMetrics, run.read(file) or [])
                 if not metrics:
-                    described = f"{name}, metrics after {checkpoint} edits"
-                    pairs = zip(before[:checkpoint], journal.entries)
-                    for entry, done in bar(pairs, total=checkpoint, desc=described, leave=last):
-                        post = measure_after(editor, edited, entry, seed)
+                    posts: list[Metrics] = []
+                    with bar(total=checkpoint, desc=f"{name}, metrics after {checkpoint} edits", leave=last) as measured:
+                        while rest := before[len(posts) : checkpoint][:_AT_ONCE]:
+                            posts += measure_after(editor, edited, rest, seed, how)
+                            measured.update(len(rest))
+                    for entry, done, post in zip(before, journal.entries, posts):
                         metrics.append(replace(entry, post=post, **{key: done.get(key) for key in ("time", "memory", "error")}))
                     run.write(file, to_json(metrics))
-                rows.append(summarise(name, SEQUENTIAL, metrics, "post"))
+                row = summarise(name, SEQUENTIAL, metrics, "post")
+                rows.append(row if ability is None else ability.added_to(row, edited, editor.tok))
         if save_edits:
             requests = [entry.requested_rewrite for entry in before]
             write_edits(save_edits, edited, originals, requests, plain(editor.hparams))
@@ -451,8 +486,8 @@ def _compare_rows(run: RunFolder, rows: Sequence[Summary]) -> list[PairedTest]:
 def _check_room(requests: Sequence[Request], model: Any, tok: Any) -> None:
     for number, request in enumerate(requests):
         texts = [("prompt and target_new", f"{request['prompt']} {request['target_new']}")]
-        if "rephrase_prompt" in request:
-            texts.append(("rephrase_prompt and target_new", f"{request['rephrase_prompt']} {request['target_new']}"))
+        for prompt in rephrasings(request):
+            texts.append(("rephrase_prompt and target_new", f"{prompt} {request['target_new']}"))
         for section in ("locality", "portability"):
             for kind, asked in request[section].items():
                 pairs = zip(asked["prompt"], asked["ground_truth"])

@@ -12,8 +12,11 @@ VERSION = 2
 SINGLE, SEQUENTIAL = "single", "sequential"
 #: What is measured of an edit; a :class:`Summary` has the mean of each, with an interval.
 MEASURES = (
-    "edit_success", "generated_success", "generalization", "generated_generalization", "portability", "locality", "fluency",
+    "edit_success", "generated_success", "exact_success", "generalization", "generated_generalization", "exact_generalization",
+    "portability", "locality", "fluency", "es", "ps", "ns",
 )  # fmt: skip
+#: Those whose mean a method is ranked by.
+FOUR = ("edit_success", "generalization", "locality", "portability")
 #: EasyEdit's metrics of one edit on one model.
 Metrics = dict[str, Any]
 
@@ -48,12 +51,18 @@ class Summary:
     Attributes:
         edit_success, generalization: the share of the target's tokens that the model says after the prompt, or the rephrased
             prompt, under teacher forcing.
-        generated_success, generated_generalization: how often it writes the target there on its own.
+        generated_success, generated_generalization: how often what it writes there on its own begins with the target.
         fluency: n-gram entropy of what the model writes, in bits, as EasyEdit measures it.
         seconds_per_edit: wall-clock time of the edits alone.
         megabytes_per_edit: the most memory that an edit takes beyond what was taken before it, the median over the edits; None
             where it cannot be measured (see :class:`kdpo_easyedit.peak.PeakMemory`).
         intervals: 95 % confidence intervals of the measures (:func:`kdpo_easyedit.bench.significance.interval`).
+        mean: of edit success, generalization, locality and portability.
+        exact_success, exact_generalization: how often it writes the target there and nothing else.
+        es, ps, ns: how often the new answer is more probable than the old one after the prompt and rephrased ones, and on
+            neighbours their own answer than the new one, as ROME's line of papers measures CounterFact.
+        perplexity: of ordinary text (:mod:`kdpo_easyedit.bench.ability`), of a sequence's model.
+        divergence: KL from the unedited model's next-token distributions there, in nats.
         failed: how many edits could not be made; they count as the model stands without them.
     """
 
@@ -71,6 +80,14 @@ class Summary:
     megabytes_per_edit: float | None
     intervals: dict[str, list[float]]
     failed: int = 0
+    mean: float | None = None
+    exact_success: float | None = None
+    exact_generalization: float | None = None
+    es: float | None = None
+    ps: float | None = None
+    ns: float | None = None
+    perplexity: float | None = None
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)

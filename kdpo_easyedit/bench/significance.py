@@ -35,6 +35,24 @@ def mean_interval(values: Sequence[float], resamples: int = 1000) -> list[float]
     return [round(float(end), 4) for end in drawn.confidence_interval]
 
 
+def joint_interval(columns: Sequence[Sequence[float | None]], resamples: int = 1000) -> list[float]:
+    """The 95 % confidence interval of the mean of several columns' means, by bootstrap over the edits.
+
+    Args:
+        columns: a measure each, over the same edits; None where an edit has none.
+    """
+    table = np.array([[np.nan if value is None else value for value in column] for column in columns])
+    table = table[~np.isnan(table).all(axis=1)]
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(resamples):
+        some = table[:, rng.integers(table.shape[1], size=table.shape[1])]
+        counts = (~np.isnan(some)).sum(axis=1)
+        if counts.all():
+            drawn.append(float((np.nansum(some, axis=1) / counts).mean()))
+    return [round(float(end), 4) for end in np.percentile(drawn, [2.5, 97.5])]
+
+
 def paired_tests(values: Mapping[tuple[str, str], Mapping[str, Sequence[float | None]]]) -> list[PairedTest]:
     """Every method held against KDPO, or against the first one where KDPO is not there, under the same protocol.
 

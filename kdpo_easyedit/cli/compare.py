@@ -27,7 +27,7 @@ examples:
 """
 _NOT_BY_HAND = (
     "sequential_edit", "eval_at", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text", "metrics_save_dir",
-    "overwrite", "save_model",
+    "overwrite", "save_model", "metrics", "context", "no_fluency", "ability_text",
 )  # fmt: skip
 
 
@@ -68,6 +68,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a text, a passage a line, to compute the covariance statistics from that a method needs and that are not there",
     )
+    measured = parser.add_argument_group("how it is measured")
+    measured.add_argument(
+        "--metrics",
+        choices=("batched", "easyedit"),
+        default="batched",
+        help="batched: this package's, many prompts at once; easyedit: the host's own code, one at a time (default: batched)",
+    )
+    measured.add_argument(
+        "--context",
+        nargs="+",
+        choices=("plain", "qa", "chat"),
+        default=["plain"],
+        help="how written answers are asked for: by the prompt as it is, as a question and answer, through the model's chat "
+        "template; the first one's are those of the tables (default: plain)",
+    )
+    measured.add_argument(
+        "--no_fluency", action="store_true", help="write no texts for fluency, which takes longer than the rest"
+    )
+    measured.add_argument(
+        "--ability_text", metavar="FILE", help="ordinary text, a passage a line, for perplexity after a sequence"
+    )
     edit.add_prompts(parser.add_argument_group("one edit by hand", "as `kdpo edit` makes it"))
     where = parser.add_argument_group("where")
     where.add_argument(
@@ -97,6 +118,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     transformers_logging.disable_progress_bar()
     # Importing the bench imports EasyEdit, which takes a moment; --help should not.
     from ..bench import datasets
+    from ..bench.measuring import Measuring
     from ..bench.protocols import ablation, check, compare
     from ..bench.schema import SEQUENTIAL, SINGLE
     from ..easyedit.statistics import build_world
@@ -146,6 +168,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         overwrite=options.overwrite,
         stats_texts=stats_texts,
         data_name=Path(options.data_dir).name if options.data_dir else "the world's own edits",
+        how=Measuring(options.metrics, tuple(options.context), not options.no_fluency),
+        ability_texts=datasets.read_passages(options.ability_text) if options.ability_text else [],
         **kept,
     )
     radar_chart(comparison, folder / "radar.png")

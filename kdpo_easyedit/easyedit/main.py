@@ -52,6 +52,13 @@ def _mend_generation() -> None:
     replace_everywhere("generate_fast", generate_fast, unmasked)
 
 
+def decide_at(model: Any, token: int) -> None:
+    """Let GRACE decide by one token of what it is given next whether an edit is asked for: by its place, -1 for the last."""
+    for module in model.modules():
+        if hasattr(module, "key_id"):
+            module.key_id = token
+
+
 def _mend_routing() -> None:
     """GRACE and WISE decide at every run whether an edit is asked for: once for all rows of a batch, padding included.
 
@@ -60,11 +67,6 @@ def _mend_routing() -> None:
     """
     utils, generate = submodule("evaluate.evaluate_utils"), submodule("util.generate")
     measure, sample = utils.test_prediction_acc, generate.generate_fast
-
-    def decide_at(model: Any, token: int) -> None:
-        for module in model.modules():
-            if hasattr(module, "key_id"):
-                module.key_id = token
 
     @wraps(measure)
     def test_prediction_acc(model: Any, tok: Any, hparams: Any, prompts: Any, targets: Any, *args: Any, **kwargs: Any) -> Any:

@@ -115,7 +115,7 @@ class Suffix:
             try:
                 for module in self.model.modules():
                     if type(module) is nn.Linear and "forward" not in vars(module):  # accelerate keeps a forward there
-                        self._restore.enter_context(forward_as(module, _by_onednn(module)))
+                        self._restore.enter_context(forward_as(module, by_onednn(module)))
                 self._record()
                 self._replay()
                 self._check()
@@ -278,7 +278,7 @@ def _returning(output: Any) -> Callable[..., Any]:
     return lambda *_args, **_kwargs: output
 
 
-def _by_onednn(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+def by_onednn(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: _linear(x, linear.weight, linear.bias)
 
 

@@ -12,7 +12,7 @@ from ..bench.runs import RunError
 from ..files import whole
 from .page import page
 from .results import Results, read_results
-from .tables import COLUMNS, NOTES, PROTOCOLS, Cell, significance, tables, title
+from .tables import COLUMNS, NOTES, PROTOCOLS, Cell, measured, remarks, significance, tables, title
 
 _PAGE, _TEXT, _LATEX = "report.html", "summary.md", "summary.tex"
 
@@ -59,18 +59,20 @@ def markdown(results: Sequence[Results]) -> str:
     for result in results:
         lines += [f"## {_markdown(title(result))}", ""]
         for protocol, methods in tables(result.comparison).items():
-            headings = [", ".join(filter(None, heading)) for heading in COLUMNS.values()]
+            columns = measured(methods)
+            headings = [", ".join(filter(None, COLUMNS[key])) for key in columns]
             lines += [f"{result.comparison.before.n_edits} {PROTOCOLS[protocol]}:", ""]
-            lines += [_row(["method", *headings]), _row(["---", *(["---:"] * len(COLUMNS))])]
+            lines += [_row(["method", *headings]), _row(["---", *(["---:"] * len(columns))])]
             for method, cells in methods.items():
-                lines.append(_row([_markdown(method), *(_markdown_cell(cells[key]) for key in COLUMNS)]))
+                lines.append(_row([_markdown(method), *(_markdown_cell(cells[key]) for key in columns)]))
             lines.append("")
         lines += [*_notes(result), _markdown(_about(result)), ""]
     return "\n".join(lines)
 
 
 def _notes(result: Results) -> list[str]:
-    return [" ".join(filter(None, (*NOTES, significance(result.comparison) and significance(result.comparison) + ".")))]
+    tested = significance(result.comparison)
+    return [" ".join(filter(None, (*NOTES, tested and tested + ".", *remarks(result.comparison))))]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -94,15 +96,16 @@ def latex_tables(results: Sequence[Results]) -> str:
 
 
 def _latex_table(result: Results, protocol: str, methods: Mapping[str, Mapping[str, Cell]]) -> str:
+    columns = measured(methods)
     groups: dict[str, int] = {}
-    for heading, _ in COLUMNS.values():
+    for heading, _ in (COLUMNS[key] for key in columns):
         groups[heading] = groups.get(heading, 0) + 1
     ends = np.cumsum(list(groups.values())) + 1
     rules = " ".join(f"\\cmidrule(lr){{{end - n + 1}-{end}}}" for n, end in zip(groups.values(), ends) if n > 1)
     body = []
     for method, cells in methods.items():  # intervals stand on a line of their own, or ten columns would be too wide
-        intervals = (cells[key].interval for key in COLUMNS)
-        body.append(" & ".join([_latex(method), *(_latex_cell(cells[key]) for key in COLUMNS)]) + r" \\")
+        intervals = (cells[key].interval for key in columns)
+        body.append(" & ".join([_latex(method), *(_latex_cell(cells[key]) for key in columns)]) + r" \\")
         body.append(" & ".join(["", *(rf"{{\scriptsize {_latex(interval)}}}" for interval in intervals)]) + r" \\[2pt]")
     caption = f"{title(result)}: {result.comparison.before.n_edits} {PROTOCOLS[protocol]}. {' '.join(_notes(result))}"
     return "\n".join(
@@ -110,11 +113,11 @@ def _latex_table(result: Results, protocol: str, methods: Mapping[str, Mapping[s
             r"% \usepackage{booktabs}",
             r"\begin{table*}",
             r"\centering\small\setlength{\tabcolsep}{3pt}",
-            rf"\begin{{tabular}}{{l{'r' * len(COLUMNS)}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
             r"\toprule",
             " & ".join(["", *(rf"\multicolumn{{{n}}}{{c}}{{{_latex(heading)}}}" for heading, n in groups.items())]) + r" \\",
             rules,
-            " & ".join(["method", *(_latex(unit) for _, unit in COLUMNS.values())]) + r" \\",
+            " & ".join(["method", *(_latex(COLUMNS[key][1]) for key in columns)]) + r" \\",
             r"\midrule",
             *body,
             r"\bottomrule",

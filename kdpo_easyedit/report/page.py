@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..bench.schema import EditMetrics, Metrics
+from ..bench.measuring import retention
+from ..bench.metrics import harmonic_score
+from ..bench.protocols import Comparison
+from ..bench.schema import SEQUENTIAL, EditMetrics, Metrics
 from ..files import json_text
 from .results import Results
-from .tables import COLUMNS, NOTES, PROTOCOLS, Cell, short_name, significance, tables, title
+from .tables import COLUMNS, NOTES, PROTOCOLS, Cell, remarks, short_name, significance, tables, title
 
 
 def page(results: Sequence[Results]) -> str:
@@ -47,6 +50,11 @@ def _content(result: Results) -> dict[str, Any]:
             for protocol, rows in tables(comparison).items()
         },
         "significance": significance(comparison),
+        "remarks": remarks(comparison),
+        "probabilities": {protocol: _against_old(comparison, protocol) for protocol in tables(comparison)},
+        "retention": {
+            method: retention(metrics) for (method, protocol), metrics in result.metrics.items() if protocol == SEQUENTIAL
+        },
         "before": asdict(comparison.before),
         "rows": [asdict(row) for row in comparison.rows],
         "curve": [asdict(row) for row in comparison.curve],
@@ -85,6 +93,20 @@ def _cell(cell: Cell) -> dict[str, Any]:
             f"p = {test.p_value:.4f}, by Holm {test.p_corrected:.4f}"
         )
     return shown
+
+
+def _against_old(comparison: Comparison, protocol: str) -> dict[str, dict[str, str]]:
+    """ES, PS and NS with their intervals, and their harmonic mean; of the methods that have them."""
+    found = {}
+    for row in comparison.rows:
+        shares = {key.upper(): getattr(row, key) for key in ("es", "ps", "ns") if getattr(row, key) is not None}
+        if row.protocol == protocol and shares:
+            ends = {key: "–".join(f"{end:.0f}" for end in row.intervals.get(key.lower(), ())) for key in shares}
+            found[row.method] = {
+                key: f"{share:.1f}" + (f" ({ends[key]})" if ends[key] else "") for key, share in shares.items()
+            }
+            found[row.method]["score"] = f"{harmonic_score(list(shares.values())):.1f}"
+    return found
 
 
 def _by_kind(metrics: Sequence[EditMetrics]) -> dict[str, float]:
@@ -132,23 +154,25 @@ def _edit(entry: EditMetrics) -> dict[str, Any]:
 
 def _said(phase: Metrics) -> dict[str, Any]:
     """What a model says of an edit, in words and scores."""
+
+    def said(kind: str) -> list[Any] | None:
+        if f"{kind}_acc" not in phase:
+            return None
+        written = phase["generated"].get(kind)  # in version 1 one text, since then a list
+        text = written if isinstance(written, str) or written is None else " · ".join(written)
+        return [round(float(np.mean(phase[f"{kind}_acc"])), 3), text, _mean(phase["generated"].get(f"{kind}_acc"))]
+
     return {
-        "rewrite": [
-            round(float(np.mean(phase["rewrite_acc"])), 3),
-            phase["generated"].get("rewrite"),
-            phase["generated"].get("rewrite_acc"),
-        ],
-        "rephrase": [
-            round(float(np.mean(phase["rephrase_acc"])), 3),
-            phase["generated"].get("rephrase"),
-            phase["generated"].get("rephrase_acc"),
-        ]
-        if "rephrase_acc" in phase
-        else None,
+        "rewrite": said("rewrite"),
+        "rephrase": said("rephrase"),
         "locality": _scores(phase, "locality"),
         "portability": _scores(phase, "portability"),
-        "fluency": round(float(phase["fluency"]["ngram_entropy"]), 2),
+        "fluency": round(float(phase["fluency"]["ngram_entropy"]), 2) if "fluency" in phase else None,
     }
+
+
+def _mean(scores: Any) -> float | None:
+    return float(np.mean(scores)) if np.size(scores) and scores is not None else None
 
 
 def _outcome(entry: EditMetrics, trace: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ NAMES = {
 _GENERATED = {"edit_success": "generated_success", "generalization": "generated_generalization"}
 # Costs, of which less is better, with their units.
 COSTS = {"seconds_per_edit": "seconds", "megabytes_per_edit": "MB"}
+LESS_IS_BETTER = (*COSTS, "perplexity", "divergence")
+_DECIMALS = {"fluency": 2, "seconds_per_edit": 2, "perplexity": 2, "divergence": 3}
 PROTOCOLS = {
     SINGLE: "single edits, each from the original model",
     SEQUENTIAL: "sequential edits, measured on the final model",
@@ -37,19 +39,26 @@ _MARK = "†"
 COLUMNS = {
     "edit_success": ("edit success", "forced"),
     "generated_success": ("edit success", "written"),
+    "exact_success": ("edit success", "whole"),
     "generalization": ("generalization", "forced"),
     "generated_generalization": ("generalization", "written"),
+    "exact_generalization": ("generalization", "whole"),
     "portability": ("portability", ""),
     "locality": ("locality", ""),
+    "mean": ("mean of", "the four"),
     "fluency": ("fluency", "bits"),
+    "perplexity": ("ordinary text", "perplexity"),
+    "divergence": ("ordinary text", "KL, nats"),
     "seconds_per_edit": ("an edit takes", "seconds"),
     "megabytes_per_edit": ("an edit takes", "MB"),
 }
 #: What has to be said of the columns.
 NOTES = (
     "In percent, with 95 % confidence intervals (Wilson's over the edits; of fluency by bootstrap); the best in bold.",
-    "forced: the share of the target's tokens that the model says under teacher forcing; written: how often it writes the "
-    "target on its own.",
+    "forced: the share of the target's tokens that the model says under teacher forcing; written: how often what it writes on "
+    "its own begins with the target; whole: how often that is the target and nothing else. "
+    "The mean is of the four forced shares.",
+    "Ordinary text: held-out text that no edit is about; KL from the unedited model. Of sequences only.",
     "fluency: n-gram entropy. (before): the unedited model on the same prompts.",
     "MB: the most memory that an edit takes beyond what was taken before it; the median over the edits.",
 )
@@ -79,7 +88,7 @@ class Cell:
 
 def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
     """By protocol and method, the unedited model's included, the cell of every measure and cost."""
-    keys = (*MEASURES, *COSTS)
+    keys = tuple(dict.fromkeys((*MEASURES, *COLUMNS)))
     tests = {(test.protocol, test.method, test.measure): test for test in comparison.tests}
     made = {}
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
@@ -101,11 +110,59 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
     return made
 
 
+def measured(methods: Mapping[str, Mapping[str, Cell]]) -> list[str]:
+    """The columns of a table that hold anything."""
+    return [key for key in COLUMNS if any(cells[key].value is not None for cells in methods.values())]
+
+
+def flips(rows: Sequence[Summary]) -> list[str]:
+    """In words, the pairs of methods that teacher forcing and whole written answers put into opposite orders.
+
+    By each, a method's figure is the mean over prompt and rephrasings; differences below a point are none.
+    """
+
+    def figure(row: Summary, keys: tuple[str, str]) -> float | None:
+        values = [value for key in keys if (value := getattr(row, key)) is not None]
+        return sum(values) / len(values) if values else None
+
+    found = []
+    for number, one in enumerate(rows):
+        for other in rows[number + 1 :]:
+            by = [
+                [figure(row, keys) for row in (one, other)]
+                for keys in (("edit_success", "generalization"), ("exact_success", "exact_generalization"))
+            ]
+            if any(value is None for pair in by for value in pair):
+                continue
+            forced, whole = (a - b for a, b in by)  # type: ignore[operator]
+            if forced * whole < 0 and min(abs(forced), abs(whole)) >= 1:
+                first, second = (one, other) if forced > 0 else (other, one)
+                found.append(
+                    f"{first.method} is ahead of {second.method} by teacher forcing ({abs(forced):.1f} points), and behind it "
+                    f"by whole answers that it writes ({abs(whole):.1f})."
+                )
+    return found
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What a reader of the tables has to know of these rows: edits that failed, and rankings that flip."""
+    found = [
+        f"{row.method}, {row.protocol}: {row.failed} of {row.n_edits} edits could not be made, and count as the model stands "
+        "without them."
+        for row in comparison.rows
+        if row.failed
+    ]
+    for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
+        words = flips([row for row in comparison.rows if row.protocol == protocol])
+        found += [f"{protocol}: {sentence}" for sentence in words]
+    return found
+
+
 def shown(key: str, value: float | None) -> str:
     """A figure with the decimals that its measure is given with."""
     if value is None:
         return "–"
-    return f"{value:.2f}" if key in ("fluency", "seconds_per_edit") else f"{value:.1f}"
+    return f"{value:.{_DECIMALS.get(key, 1)}f}"
 
 
 def print_ablation(comparison: Comparison, console: Console) -> None:
@@ -141,7 +198,7 @@ def _best(rows: Sequence[Summary], key: str) -> float | None:
     values = [getattr(row, key) for row in rows if getattr(row, key) is not None]
     if not values:
         return None
-    return min(values) if key in COSTS else max(values)
+    return min(values) if key in LESS_IS_BETTER else max(values)
 
 
 def significance(comparison: Comparison) -> str:
@@ -172,6 +229,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
         "in percent by teacher forcing; in brackets, how often the model writes it",
         "fluency: n-gram entropy in bits; (before): the unedited model, same prompts",
         significance(comparison),
+        *remarks(comparison),
     ]
     console.print("\n".join(filter(None, notes)), style="dim", highlight=False)
 

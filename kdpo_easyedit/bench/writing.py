@@ -1,0 +1,269 @@
+"""What a model writes by itself: answers, to where it stops of its own accord."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from .batches import (
+    Batching,
+    MetricsError,
+    context_length,
+    in_batches,
+    logits_at,
+    network,
+    prompt_tokens,
+    running,
+    takes_positions,
+)
+
+#: How an answer is asked for: by the prompt as it is, by a question and answer pair, by the model's chat template.
+CONTEXTS = ("plain", "qa", "chat")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was written after a prompt.
+
+    Attributes:
+        tokens: the tokens, without an end token.
+        ended: whether it was ended, and not cut off where there was no more room.
+        seconds: its share, by tokens, of the time that its batch took.
+    """
+
+    tokens: list[int]
+    ended: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer in the model's own words.
+
+    Attributes:
+        text: to the end of the line or the sentence, without space around it.
+        stopped: whether the model stopped by itself: wrote an end token, or ended the line or the sentence.
+        tokens: how many it wrote for it, those that showed the end among them.
+        seconds: what they took; over many answers, the sum of tokens by that of seconds is the speed.
+    """
+
+    text: str
+    stopped: bool
+    tokens: int
+    seconds: float
+
+
+def write_answers(
+    model: Any,
+    tok: Any,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    context: str = "plain",
+    room: int = 32,
+    batching: Batching = Batching(),
+) -> list[Written]:
+    """What a model answers, greedily, whatever its own settings for generation say; their end tokens end an answer.
+
+    An answer ends with the line or the sentence, or where the target has several, with as many as it has.
+
+    Args:
+        model: a causal language model, or what a method has wrapped around one.
+        prompts: what is asked; a space at the end, which tokenizers take for the beginning of a word, is left out.
+        targets: what should be answered: an answer may be that long, and ``room`` tokens longer.
+        context: one of :data:`CONTEXTS`.
+
+    Raises:
+        MetricsError: a context that is not there or that the model has no template for, or a prompt that it has no room for.
+    """
+    inputs = [_in_context(tok, prompt, context) for prompt in prompts]
+    rooms = [len(tok(f" {target}", add_special_tokens=False)["input_ids"]) + room for target in targets]
+
+    def decoded(tokens: list[int]) -> str:
+        return tok.decode(tokens, skip_special_tokens=True)
+
+    def has_ended(number: int, tokens: list[int]) -> bool:
+        return _end(decoded(tokens), targets[number]) is not None
+
+    texts = write_on(
+        model, inputs, rooms, lambda _rows, _step, logits: logits.argmax(-1), has_ended, batching, _end_tokens(model, tok)
+    )
+    answers = []
+    for text, target in zip(texts, targets):
+        words = decoded(text.tokens)
+        answers.append(Written(words[: _end(words, target)].strip(), text.ended, len(text.tokens), text.seconds))
+    return answers
+
+
+def _in_context(tok: Any, prompt: str, context: str) -> list[int]:
+    prompt = prompt.rstrip(" ")
+    match context:
+        case "plain":
+            return prompt_tokens(tok, prompt)
+        case "qa":
+            return prompt_tokens(tok, f"Question: {prompt}\nAnswer:")
+        case "chat" if getattr(tok, "chat_template", None):
+            asked = [{"role": "user", "content": prompt}]
+            text = tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            return prompt_tokens(tok, text, special=False)
+        case "chat":
+            raise MetricsError("context is 'chat', and the model's tokenizer has no chat template; allowed with it: plain, qa")
+    raise MetricsError(f"context is {context!r}; allowed: {', '.join(CONTEXTS)}")
+
+
+def _end_tokens(model: Any, tok: Any) -> frozenset[int]:
+    settings = getattr(network(model), "generation_config", None)
+    of_model, of_tokenizer = getattr(settings, "eos_token_id", None), tok.eos_token_id
+    named = of_model if isinstance(of_model, (list, tuple)) else [of_model]
+    return frozenset(token for token in (*named, of_tokenizer) if token is not None)
+
+
+# What ends in a full stop and ends no sentence: initials, and abbreviations that names and numbers follow.
+_ABBREVIATION = re.compile(
+    r"(?:^|[\W_])(?:[^\W\d_]|Mrs?|Ms|Dr|St|Ste|Mt|Ft|Jr|Sr|Prof|Rev|Gen|Col|Capt|Lt|Sgt|Gov|Sen|Rep|Hon|Pres|No|Nos|Vol|Op|vs"
+    r"|ca|approx|al|etc|Co|Corp|Inc|Ltd|Bros|Jan|Feb|Mar|Apr|Aug|Sept?|Oct|Nov|Dec)$",
+    re.IGNORECASE,
+)
+_FULL_STOP = re.compile(r"[.!?…]+[\"”’')\]*]*(?=\s+[^\s\Wa-z]|\s+[\"“‘'(\[¿¡])|[。！？｡]+[”」』）]*")
+
+
+def _ends(text: str) -> list[int]:
+    """Where the lines and sentences of a text end, as far as what follows shows it."""
+    ends = [match.start() for match in re.finditer(r"[\n\r]", text)]
+    for match in _FULL_STOP.finditer(text):
+        if not (match.group().startswith(".") and _ABBREVIATION.search(text[: match.start()])):
+            ends.append(match.end())
+    return sorted(ends)
+
+
+def _end(text: str, target: str) -> int | None:
+    """Where an answer ends: at the first end of a line or sentence, or after as many as the target has within it."""
+    start = len(text) - len(text.lstrip())
+    within = len(_ends(target.strip()))
+    ends = [end for end in _ends(text) if end > start]
+    return ends[within] if len(ends) > within else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_on(
+    model: Any,
+    prompts: Sequence[list[int]],
+    rooms: Sequence[int],
+    choose: Callable[[list[int], int, Tensor], Tensor],
+    has_ended: Callable[[int, list[int]], bool],
+    batching: Batching = Batching(),
+    end_tokens: frozenset[int] = frozenset(),
+) -> list[Text]:
+    """Go on from prompts, token by token, in batches with a cache of keys and values; texts that have ended leave the batch.
+
+    Args:
+        prompts: their tokens.
+        rooms: how many tokens to write after each at most; never more than the model takes.
+        choose: the next tokens, int64 ``[R]``, given the numbers of R prompts, how many tokens each has had, and the logits
+            ``[R, V]``.
+        has_ended: whether a text has come to its end, given the prompt's number and the text's tokens.
+        end_tokens: those that end a text.
+
+    Raises:
+        MetricsError: a prompt without tokens, or one that the model has no room for.
+    """
+    limit = context_length(model)
+    for ids in prompts:
+        if not ids or (limit and len(ids) > limit):
+            raise MetricsError(f"a prompt has {len(ids)} tokens, and the model takes 1 to {limit or 'any number'}")
+    # One token more than the model takes can be written: nothing is read after it.
+    rooms = [max(1, min(room, limit - len(ids) + 1)) if limit else room for ids, room in zip(prompts, rooms)]
+    device = network(model).device
+    rows = 1 if batching.one_by_one else batching.rows or (64 if device.type == "cpu" else 256)
+
+    def run(batch: list[int]) -> list[Text]:
+        if batching.one_by_one and batching.decide_at:
+            batching.decide_at(model, -1)
+        started = time.perf_counter()
+        written = _write_batch(model, {number: prompts[number] for number in batch}, rooms, choose, has_ended, end_tokens)
+        each = (time.perf_counter() - started) / max(1, sum(len(tokens) for tokens, _ in written.values()))
+        return [Text(tokens, ended, each * len(tokens)) for tokens, ended in (written[number] for number in batch)]
+
+    with running(model, batching):
+        return in_batches(run, [len(ids) for ids in prompts], rows=rows)
+
+
+def _write_batch(
+    model: Any,
+    prompts: dict[int, list[int]],
+    rooms: Sequence[int],
+    choose: Callable[[list[int], int, Tensor], Tensor],
+    has_ended: Callable[[int, list[int]], bool],
+    end_tokens: frozenset[int],
+) -> dict[int, tuple[list[int], bool]]:
+    """Of every prompt's number, the tokens written after it and whether they were ended."""
+    device, positions = network(model).device, takes_positions(model)
+    width = max(map(len, prompts.values()))
+    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts.values()])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts.values()])
+    past = None
+    live, written = list(prompts), {number: ([], False) for number in prompts}
+    for step in range(max(rooms[number] for number in prompts)):
+        given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
+        if positions:
+            given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        given = {name: tensor.to(device) for name, tensor in given.items()}
+        last = torch.zeros(input_ids.shape, dtype=torch.bool)
+        last[:, -1] = True
+        logits, output = logits_at(model, given | {"past_key_values": past, "use_cache": True}, last)
+        past = output.past_key_values
+        chosen = choose(live, step, logits).tolist()
+        going = []
+        for row, (number, token) in enumerate(zip(live, chosen)):
+            tokens = written[number][0]
+            ended = token in end_tokens
+            if not ended:
+                tokens.append(token)
+                ended = has_ended(number, tokens)
+            written[number] = tokens, ended
+            if not ended and len(tokens) < rooms[number]:
+                going.append(row)
+        if not going:
+            break
+        input_ids = torch.tensor([[chosen[row]] for row in going])
+        if len(going) < len(live):
+            past.batch_select_indices(torch.tensor(going, device=device))
+            live, mask = [live[row] for row in going], mask[going]
+        mask = torch.cat([mask, torch.ones_like(input_ids)], dim=1)
+        for layer in past.layers:
+            if type(layer) is DynamicLayer:
+                layer.__class__ = _Roomy
+    return written
+
+
+class _Roomy(DynamicLayer):
+    """A layer's keys and values with room for more: its parent copies all of them for every token that is added."""
+
+    ROOM = 64
+    _room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        held, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if self._room is None or self._room[0].shape[-2] < new:
+            self._room = tuple(self._with_room(kept, new) for kept in (self.keys, self.values))
+        for room, states in zip(self._room, (key_states, value_states)):
+            room[..., held:new, :] = states
+        self.keys, self.values = (room[..., :new, :] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._room = None
+
+    def _with_room(self, kept: Tensor, new: int) -> Tensor:
+        room = kept.new_empty((*kept.shape[:-2], new + self.ROOM, kept.shape[-1]))
+        room[..., : kept.shape[-2], :] = kept
+        return room
