@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..files import whole
-from .replay import _by_onednn, forward_as, frozen
+from .replay import by_onednn, forward_as, frozen
 from .weights import stored
 
 LOG = logging.getLogger(__name__)
@@ -508,7 +508,7 @@ def collect(
     with frozen(model), torch.no_grad(), ExitStack() as stack:
         for module in model.modules():
             if type(module) is nn.Linear and "forward" not in vars(module):  # accelerate keeps a forward there
-                stack.enter_context(forward_as(module, _by_onednn(module)))
+                stack.enter_context(forward_as(module, by_onednn(module)))
         for module in projections:
             stack.callback(module.register_forward_pre_hook(take).remove)
         bar = stack.enter_context(
