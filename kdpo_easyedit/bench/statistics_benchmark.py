@@ -1,7 +1,7 @@
 """What second moments cost: EasyEdit's ``layer_stats``, layer by layer, against this package's one pass, in one run.
 
-``python -m kdpo_easyedit.bench.statistics_benchmark MODEL`` takes both over the same passages and prints the seconds, their
-ratio, and how far the moments are from each other.
+``python -m kdpo_easyedit.bench.statistics_benchmark MODEL`` takes both over the same passages and prints the seconds of
+this process's processor time, which other work on the machine does not stretch, their ratio, and how far the moments are from each other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..method.statistics import Text, make, second_moment
 @dataclass(frozen=True)
 class Cost:
     """Attributes:
-    theirs: EasyEdit's seconds for all layers.
+    theirs: EasyEdit's seconds for all layers, without those of the processes that read its text.
     ours: this package's.
     difference: the largest ‖A − B‖ / ‖A‖ of a layer's two moments.
     """
@@ -40,12 +40,12 @@ def measure(model: Any, tok: Any, names: Sequence[str], passages: Sequence[str])
     """Take the second moments of the named projections' inputs both ways, files included."""
     with tempfile.TemporaryDirectory() as folder:
         theirs, ours = Path(folder, "theirs"), Path(folder, "ours")
-        began = time.perf_counter()
+        began = time.process_time()
         files = make(model, tok, names, Text("benchmark", passages), ours, quiet=True)
-        between = time.perf_counter()
+        between = time.process_time()
         for name in names:
             compute_statistics(model, tok, name, theirs, "benchmark", len(passages), texts=passages)
-        ended = time.perf_counter()
+        ended = time.process_time()
         differences = []
         for name, file in files.items():
             expected = second_moment(statistics_file(theirs, model.config.name_or_path, name, "benchmark", len(passages)))

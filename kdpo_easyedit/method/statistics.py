@@ -35,7 +35,7 @@ from .weights import stored
 
 LOG = logging.getLogger(__name__)
 
-#: Tokens a batch, padding included; longer texts are cut to it. More makes nothing faster, and takes more memory.
+#: Tokens a batch, padding included; longer texts are cut to it. On a CPU more is no faster, and takes more memory.
 BATCH_TOKENS = 2048
 
 _SAVE_SECONDS = 60.0  # between two writings of the partial sums, which also take a twentieth of the time at most
