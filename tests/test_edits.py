@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import interrupt_second_write, same_state, state
 from safetensors.torch import load_file, save_file
-from test_kdpo_main import says
+from test_kdpo import says
 from transformers import AutoModelForCausalLM
 
 import kdpo_easyedit

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import whole
-from ..method.weights import Weights, fingerprint, read, write
+from ..method.weights import Weights, fingerprint, note_edit, read, write
 
 _HEADER = "kdpo_easyedit"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,8 +49,21 @@ def save_edits(
         requests: the edits.
         hparams: how they were made: a dataclass or a mapping.
         license: under which the file may be used.
+
+    Raises:
+        EditsError: there are no originals, without which nothing can be taken back, or a weight is not finite; nothing is
+            written.
     """
+    if not originals:
+        raise EditsError(
+            "originals is empty, and edits that are saved without them cannot be taken back: "
+            "have apply_kdpo_to_model return them, by return_orig_weights=True"
+        )
     edited = read(model, originals)
+    for state, weights in (("before", originals), ("after", edited)):
+        for name, weight in weights.items():
+            if not torch.isfinite(weight).all():
+                raise EditsError(f"{name} holds numbers that are not finite {state} the edits: nothing is saved")
     differences = {name: _bits(edited[name]) - _bits(original) for name, original in originals.items()}
     header = {
         "base_model": getattr(getattr(model, "config", None), "name_or_path", ""),
@@ -117,7 +130,7 @@ def _bits(weight: Tensor) -> Tensor:
 
 def _shift(model: nn.Module, path: str | Path, expected: str, sign: int) -> None:
     header, differences = _load(path)
-    names = dict(model.named_parameters())
+    names = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in header["weights"] if name not in names]
     if missing:
         raise EditsError(f"{path}: made on {header['base_model']!r}; this model has no {missing[0]}")
@@ -140,6 +153,8 @@ def _shift(model: nn.Module, path: str | Path, expected: str, sign: int) -> None
     except BaseException:
         write(model, originals)
         raise
+    if sign > 0:
+        note_edit(model, originals, shifted)
 
 
 def _load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

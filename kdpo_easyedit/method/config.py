@@ -131,6 +131,10 @@ def _flag(value: Any) -> bool:
     return value
 
 
+def _flag_or_none(value: Any) -> bool | None:
+    return None if value is None else _flag(value)
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("text")
@@ -241,7 +245,11 @@ class KDPOHyperParams:
         "teacher_forced",
     )
     online: bool = _field("true: new negatives every cycle; false: those of the edit's start in every cycle", _flag, True)
-    sequential_edit: bool = _field("edits follow one another: steps are scaled", _flag, False)
+    sequential_edit: Any = _field(
+        "edits follow one another: steps are scaled; left out: known from how KDPO is called, and from what the model holds",
+        _flag_or_none,
+        None,
+    )
     sequential_lr_scale: float = _field("what lr, or mom2_step, is multiplied by in sequential edits", _positive, 0.2)
     update_scale: float = _field("the share of the update that is applied; 2 repeats the release's doubling", _positive, 1.0)
     mom2_adjustment: bool = _field("KDPO+C: steps that change little of what W is used for; not the paper's", _flag, False)
@@ -318,10 +326,16 @@ class KDPOHyperParams:
     def edited_parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         """The weights W that an edit changes, by their full names, lowest layer first.
 
+        Of a projection with an adapter of PEFT's it is the base layer's, to which the adapter goes on being added.
+
         Raises:
-            HParamsError: a layer or a template that the model does not have.
+            HParamsError: a layer or a template that the model does not have, or a projection that is not dense.
         """
-        named, modules = self.for_model(model), dict(model.named_modules())
+        if hasattr(model, "get_base_model"):  # PEFT's wrapper has names, and sometimes a forward, of its own
+            raise HParamsError(
+                f"the model is a {type(model).__name__}; give model.get_base_model(), in which the adapters stay"
+            )
+        named, modules = self.for_model(model), dict(model.named_modules(remove_duplicate=False))
         for layer in sorted(self.layers):
             if named.layer_module_tmp.format(layer) not in modules:
                 depth = sum(named.layer_module_tmp.format(n) in modules for n in range(len(modules)))
@@ -333,20 +347,57 @@ class KDPOHyperParams:
             if value is not None and value.format(self.layers[0]) not in modules:
                 raise _no_match(key, value, modules)
 
-        weights = {}
+        weights: dict[str, torch.nn.Parameter] = {}
         for layer in sorted(self.layers):
             name = named.rewrite_module_tmp.format(layer).removesuffix(".weight")
-            weight = getattr(modules.get(name), "weight", None)
-            if weight is None:
+            if name not in modules:
                 raise _no_match("rewrite_module_tmp", named.rewrite_module_tmp, modules)
-            if weight.dim() != 2 or not weight.is_floating_point():
-                kind = f"{weight.dim()}-dimensional {weight.dtype}"
-                raise HParamsError(
-                    f"rewrite_module_tmp is {named.rewrite_module_tmp!r}, whose weight is {kind}; "
-                    "allowed: a projection with a matrix of floating-point numbers"
-                )
-            weights[f"{name}.weight"] = weight
+            if hasattr(modules[name], "base_layer"):
+                _check_adapter(name, modules[name])
+                name += ".base_layer"
+            weight = _dense_weight(name, modules[name])
+            if not any(weight is other for other in weights.values()):  # of layers that share their modules, the first
+                weights[f"{name}.weight"] = weight
         return weights
+
+
+_DENSE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _dense_weight(name: str, module: torch.nn.Module) -> torch.nn.Parameter:
+    """A projection's weight, where it is a matrix of numbers that can be edited.
+
+    Raises:
+        HParamsError: it is not; the message says what it is, and how to load a quantised model dense.
+    """
+    kind = type(module).__name__
+    weight = module._parameters.get("weight")
+    if type(weight) is torch.nn.Parameter and weight.dtype in _DENSE and weight.dim() == 2:
+        return weight
+    if weight is None and not hasattr(module, "weight") and not hasattr(module, "qweight"):
+        what = "has no weight"
+    elif isinstance(weight, torch.Tensor):
+        what = f"has a weight of {weight.dim()} dimensions, {type(weight).__name__} of {weight.dtype}"
+    else:
+        what = "keeps its weight in another form"
+    raise HParamsError(
+        f"rewrite_module_tmp leads to {name}, a {kind}, which {what}; allowed: a projection with a matrix in float32, float16, "
+        "bfloat16 or float64. A quantised model is to be loaded dense: by from_pretrained(…, dtype=torch.bfloat16) without "
+        "a quantization_config, of a GGUF file with GgufConfig(dequantize=True)"
+    )
+
+
+def _check_adapter(name: str, module: Any) -> None:
+    """Whether an adapter takes what the base layer computes, as LoRA does, and not its weight, as DoRA does for its norms.
+
+    Raises:
+        HParamsError: it does not, as far as PEFT tells.
+    """
+    if getattr(module, "lora_variant", None) or getattr(module, "lora_magnitude_vector", None):
+        raise HParamsError(
+            f"rewrite_module_tmp leads to {name}, with a variant of LoRA (DoRA or the like) that may read the weight which "
+            f"would be edited, that of {name}.base_layer: merge the adapter first, by merge_and_unload, or take it off"
+        )
 
 
 def _no_match(key: str, value: str, modules: dict[str, torch.nn.Module]) -> HParamsError:

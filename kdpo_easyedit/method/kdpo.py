@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,18 +15,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import kdpo_c
-from .config import KDPOHyperParams
+from .config import HParamsError, KDPOHyperParams
 from .kdpo_c import SteepestDescent, Usage
 from .preference import (
     EditTokens,
     edit_tokens,
+    normalised,
     pair_margin,
     preference_loss,
     sequence_margin,
     teacher_forced_negatives,
 )
 from .replay import EditedWeights, Suffix, frozen, projecting_with
-from .weights import Weights, read, runs_on, write
+from .weights import Weights, copy_notes, holds_edit, note_edit, read, runs_on, users, write
+
+
+class EditFailed(ValueError):
+    """An edit that led to numbers that are not finite; the message names the edit, where it was, and its step's size.
+
+    The model has the weights that it came with.
+    """
 
 
 @dataclass
@@ -38,6 +49,7 @@ class EditTrace:
         steps: optimiser steps taken.
         final_token_accuracy: the same share after the last step.
         ended: why: ``"the target is said"`` or ``"all cycles are used"``.
+        sequential: whether the steps were those of edits that follow one another: scaled by ``sequential_lr_scale``.
     """
 
     negatives: list[list[int]] = field(default_factory=list)
@@ -46,16 +58,18 @@ class EditTrace:
     steps: int = 0
     final_token_accuracy: float = 0.0
     ended: str = "all cycles are used"
+    sequential: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The trace as plain lists and numbers, for JSON."""
         return asdict(self)
 
 
+@torch.inference_mode(False)
 def apply_kdpo_to_model(
     model: PreTrainedModel,
     tok: Any,
-    requests: list[dict[str, Any]],
+    requests: Iterable[Mapping[str, Any]],
     hparams: KDPOHyperParams,
     copy: bool = False,
     return_orig_weights: bool = False,
@@ -68,10 +82,14 @@ def apply_kdpo_to_model(
     Several requests are edited in order, each on top of the last. An exception or Ctrl-C on the way leaves the model with
     the weights, flags and mode that it came with.
 
+    The paper makes edits that follow one another with a fifth of the step. Where ``hparams.sequential_edit`` is left out, these
+    are: several requests of one call, and a request for a model that still holds an edit. Traces tell.
+
     Args:
         model: a causal language model of transformers; edited in place.
         tok: its tokenizer.
-        requests: each with ``prompt`` and ``target_new``; EasyEdit's other keys are not read.
+        requests: each with ``prompt`` and ``target_new``, taken as :func:`.preference.normalised` has them; of EasyEdit's other
+            keys only a ``subject`` is read, for a prompt with ``{}``.
         hparams: the hyper-parameters.
         copy: edit a deep copy instead.
         return_orig_weights: return the weights as they were.
@@ -84,17 +102,22 @@ def apply_kdpo_to_model(
         ``return_orig_weights``).
 
     Raises:
-        HParamsError: a hyper-parameter that is wrong in itself or does not fit the model.
+        HParamsError: a hyper-parameter that is wrong in itself or does not fit the model, or a model that cannot be edited.
+        EditFailed: a loss or a weight that is not finite.
         ValueError: a request without a prompt or a target, or one that the model has no room for.
     """
+    if isinstance(requests, (str, Mapping)):
+        raise ValueError(f"requests is a {type(requests).__name__}; allowed: a list of requests, also of one")
+    complete = [normalised(request) for request in requests]
+    hparams = _for_model(model, hparams, len(complete))
     if copy:
-        model = deepcopy(model)
-    for request in requests:
-        _check_request(request)
+        original, model = model, deepcopy(model)
+        copy_notes(original, model)
+        kdpo_c.copy_knowledge(original, model)
     originals = {name: weight.clone() for name, weight in read(model, hparams.edited_parameters(model)).items()}
     usages = kdpo_c.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
     try:
-        for request in requests:
+        for request in complete:
             weights, trace, usages = execute(model, tok, request, hparams, usages)
             write(model, weights)
             if traces is not None:
@@ -107,8 +130,9 @@ def apply_kdpo_to_model(
     return model, originals if return_orig_weights else {}
 
 
+@torch.inference_mode(False)
 def execute_kdpo(
-    model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams
+    model: PreTrainedModel, tok: Any, request: Mapping[str, Any], hparams: KDPOHyperParams
 ) -> tuple[Weights, EditTrace]:
     """One edit (section 3 of the paper), without touching the model.
 
@@ -122,21 +146,51 @@ def execute_kdpo(
         The new weights by name, in the model's dtype, and a trace of the edit.
 
     Raises:
-        HParamsError, ValueError: as :func:`apply_kdpo_to_model`.
+        HParamsError, EditFailed, ValueError: as :func:`apply_kdpo_to_model`.
     """
-    hparams.validate()
-    _check_request(request)
+    complete = normalised(request)
+    hparams = _for_model(model, hparams, 1)
     usages = kdpo_c.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
-    weights, trace, _ = execute(model, tok, request, hparams, usages)
+    weights, trace, _ = execute(model, tok, complete, hparams, usages)
     return weights, trace
 
 
 def execute(
     model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams, usages: dict[str, Usage]
 ) -> tuple[Weights, EditTrace, dict[str, Usage]]:
-    """:func:`execute_kdpo`; KDPO+C is told what the projections are used for, and tells it with this edit among it."""
-    hparams = hparams.for_model(model)
+    """:func:`execute_kdpo`, of a request and hyper-parameters that are complete.
+
+    KDPO+C is told what the projections are used for, and tells it with this edit among it.
+    """
     originals = read(model, hparams.edited_parameters(model))
+    trace = EditTrace(sequential=hparams.sequential_edit)
+    try:
+        weights, usages = _edited(model, tok, request, hparams, originals, usages, trace)
+    except _NotFinite as what:
+        key = "mom2_step" if hparams.mom2_adjustment else "lr"
+        scaled = f", scaled by {hparams.step_scale:g}" if trace.sequential else ""
+        raise EditFailed(
+            f"the edit {request['prompt']!r} → {request['target_new']!r} failed in cycle {max(1, len(trace.losses))}, "
+            f"after step {trace.steps}: {what}; the weights are as they were. {key} is {getattr(hparams, key):g}{scaled}: "
+            + ("try a smaller one" if trace.steps else "no step was taken yet, so that the model itself gives such numbers")
+        ) from None
+    note_edit(model, originals, weights)
+    return weights, trace, usages
+
+
+class _NotFinite(Exception):
+    """Numbers of an edit are not finite; the message says which."""
+
+
+def _edited(
+    model: PreTrainedModel,
+    tok: Any,
+    request: dict[str, Any],
+    hparams: KDPOHyperParams,
+    originals: Weights,
+    usages: dict[str, Usage],
+    trace: EditTrace,
+) -> tuple[Weights, dict[str, Usage]]:
     edit = edit_tokens(tok, request["prompt"], request["target_new"], runs_on(model.get_input_embeddings()))
     room = getattr(model.config, "max_position_embeddings", None)
     if room and edit.input_ids.shape[1] > room:
@@ -152,7 +206,6 @@ def execute(
     else:
         update = _Adam(model, originals, hparams, scale)
 
-    trace = EditTrace()
     make_preference = _TeacherForced if hparams.negatives == "teacher_forced" else _Autoregressive
     with torch.enable_grad(), frozen(model), make_preference(model, edit, originals, hparams) as preference:
         for _ in range(hparams.cycles):
@@ -169,6 +222,8 @@ def execute(
             for _ in range(hparams.num_steps):
                 loss = preference_loss(preference.margin(update.weights), reference_margin, hparams.beta)
                 trace.losses[-1].append(loss.item())
+                if not math.isfinite(loss.item()):
+                    raise _NotFinite(f"the loss is {loss.item()}")
                 if loss.item() < hparams.stop_crit:
                     break
                 update.step(loss)
@@ -181,7 +236,10 @@ def execute(
     if hparams.update_scale != 1:
         _scale(weights, originals, hparams.update_scale)
     weights = {name: weight.to(originals[name].dtype) for name, weight in weights.items()}
-    return weights, trace, update.usages() if isinstance(update, SteepestDescent) else {}
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise _NotFinite(f"{name} has numbers beyond those of {weight.dtype}")
+    return weights, update.usages() if isinstance(update, SteepestDescent) else {}
 
 
 class _Adam:
@@ -233,12 +291,16 @@ class _TeacherForced:
         )
         self.targets = edit.targets
         self.online = hparams.online
+        self.one_use = hparams.mom2_adjustment  # whose keys are those of one
         self.negatives: Tensor
         self.pairs: Tensor
         self.first = True
 
     def __enter__(self) -> _TeacherForced:
         self.suffix.__enter__()
+        if self.one_use and max(self.suffix.uses.values()) > 1:
+            self.suffix.__exit__()
+            raise HParamsError("mom2_adjustment is True; allowed for a projection that runs several times in a pass: False")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -251,12 +313,12 @@ class _TeacherForced:
         else:
             with torch.no_grad():
                 logits = self.suffix.target_logits(weights)
-        said = teacher_forced_negatives(logits[0])
+        said, accuracy = _said(logits[0], self.targets)
         targets = self.targets.to(said.device)
         if self.first or self.online:
             self.negatives, self.pairs = said, torch.stack((targets, said), dim=-1)
         self.first = False
-        return self.negatives, (said == targets).double().mean().item()
+        return self.negatives, accuracy
 
     def reference_margin(self) -> Tensor:
         return pair_margin(self.suffix.own_logits[0].gather(-1, self.pairs))
@@ -273,6 +335,7 @@ class _Autoregressive:
 
     def __init__(self, model: PreTrainedModel, edit: EditTokens, originals: Weights, hparams: KDPOHyperParams) -> None:
         self.model, self.edit, self.originals, self.hparams = model, edit, originals, hparams
+        self.projections = {name: users(model, name) for name in originals}
         self.replay = ExitStack()
         self.negative: Tensor | None = None
         self.logits: Tensor | None = None
@@ -288,15 +351,14 @@ class _Autoregressive:
         if self.negative is None or self.hparams.online:
             self.negative = self._answer(weights)
         self.logits = self.suffix.target_logits(weights)
-        said = teacher_forced_negatives(self.logits[0])
-        return self.negative, (said == self.edit.targets).double().mean().item()
+        return self.negative, _said(self.logits[0], self.edit.targets)[1]
 
     def _answer(self, weights: EditedWeights) -> Tensor:
         """A new greedy answer, int64 ``[T]``, with what a step replays for it and the target."""
         self.replay.close()
         edit = self.edit
         prompt = edit.input_ids[:, : edit.prompt_length]
-        with torch.no_grad(), projecting_with(self.model, weights):
+        with torch.no_grad(), projecting_with(self.projections, weights):
             negative = greedy(self.model, prompt, len(edit.targets))
         both = torch.cat((edit.input_ids, torch.cat((prompt, negative.unsqueeze(0)), dim=1)))
         self.sequences = both[:, edit.prompt_length :]
@@ -313,13 +375,16 @@ class _Autoregressive:
         return negative
 
     def reference_margin(self) -> Tensor:
-        return sequence_margin(self.suffix.own_logits, self.sequences)
+        return self._margin(self.suffix.own_logits)
 
     def margin(self, weights: EditedWeights) -> Tensor:
         if self.logits is None:
-            return sequence_margin(self.suffix.target_logits(weights), self.sequences)
+            return self._margin(self.suffix.target_logits(weights))
         logits, self.logits = self.logits, None
-        return sequence_margin(logits, self.sequences)
+        return self._margin(logits)
+
+    def _margin(self, logits: Tensor) -> Tensor:
+        return sequence_margin(logits, self.sequences.to(logits.device))
 
 
 def greedy(model: PreTrainedModel, prompt_ids: Tensor, length: int) -> Tensor:
@@ -349,8 +414,26 @@ def _scale(weights: Weights, originals: Weights, scale: float) -> None:
             weight.sub_(original).mul_(scale).add_(original)
 
 
-def _check_request(request: dict[str, Any]) -> None:
-    for key in ("prompt", "target_new"):
-        value = request.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"a request's {key} is {value!r}; allowed: text that is not empty")
+def _said(logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    """What a model says by its logits, ``[T, V]``, and the share of it that is the target."""
+    said = teacher_forced_negatives(logits)
+    if not torch.isfinite(logits.gather(-1, said.unsqueeze(-1))).all():  # the largest, or one that is no number
+        raise _NotFinite("the model's logits are not finite")
+    return said, (said == targets.to(said.device)).sum().item() / len(said)
+
+
+def _for_model(model: PreTrainedModel, hparams: KDPOHyperParams, requests: int) -> KDPOHyperParams:
+    """The hyper-parameters, checked, with what was left out: module names, and whether edits follow one another.
+
+    Raises:
+        HParamsError: they are wrong in themselves, or the model cannot be edited.
+    """
+    hparams.validate()
+    if any(tensor.is_inference() for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise HParamsError(
+            f"{type(model).__name__} was made under torch.inference_mode, so that it cannot have gradients; load it outside"
+        )
+    hparams = hparams.for_model(model)
+    if hparams.sequential_edit is None:
+        hparams = replace(hparams, sequential_edit=requests > 1 or holds_edit(model))
+    return hparams

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import HParamsError, KDPOHyperParams
 from .statistics import StatisticsError, second_moment, statistics_files
-from .weights import Weights, fingerprint, read
+from .weights import Weights, checksum, read
 
 LOG = logging.getLogger(__name__)
 
@@ -96,14 +96,14 @@ class Change:
 
     def added_to(self, output: Tensor, keys: Tensor) -> Tensor:
         """The changed projection's output, from its own and its input: ``[1, L, out]`` and ``[1, L, in]``."""
-        now = keys[0].float()
+        now = keys.to(output.device).flatten(0, -2).float()
         if self.keys is None:  # nothing is changed yet
             self.keys = now.detach()
             self.basis = self.usage.times(self.keys.cpu()).to(now.device)
             self.coefficients = now.new_zeros(len(now), output.shape[-1])
             self.nudge = torch.zeros_like(self.coefficients, requires_grad=True)
         change = now @ self.basis.T @ self.coefficients + self.nudge
-        return output + change.to(output.dtype)
+        return output + change.to(output.dtype).view_as(output)
 
     def metric(self, gradient: Tensor) -> float:
         """tr(G S Gᵀ), from the gradient at the output, ``[L, out]``."""
@@ -149,7 +149,8 @@ class SteepestDescent:
         """A step of rate η lowers the loss L by η tr(G S Gᵀ), and L = −log σ(β · margin) has the slope −β (1 − exp −L)."""
         metric = sum(change.metric(gradient) for change, gradient in zip(changes, gradients))
         logits = self.hparams.mom2_step * self.hparams.step_scale
-        return logits * self.hparams.beta * -math.expm1(-loss) / metric if metric > 0 else 0.0
+        # What is not a number makes one that is not, which ends the edit.
+        return 0.0 if metric <= 0 else logits * self.hparams.beta * -math.expm1(-loss) / metric
 
     def result(self) -> dict[str, Tensor]:
         """The new weights, float32, as the model stores them."""
@@ -175,10 +176,18 @@ class SteepestDescent:
 
 @dataclass
 class _Known:
+    """What is known of a model.
+
+    Attributes:
+        settings: that it is known for.
+        ordinary: what its projections are used for by ordinary text.
+        held: the last states of the weights that edits have led to, or led away from: their checksums, and what the projections
+            are used for with the edits that the weights then hold. Two, so that the last edits can be taken back.
+    """
+
     settings: Any
     ordinary: dict[str, Usage]
-    edited: dict[str, Usage]
-    fingerprints: dict[str, str]
+    held: list[tuple[dict[str, int], dict[str, Usage]]] = field(default_factory=list)
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
@@ -187,8 +196,9 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 def usages(model: Any, tok: Any, hparams: KDPOHyperParams) -> dict[str, Usage]:
     """What the edited projections are used for, by the names of their weights.
 
-    Keys of earlier edits count for as long as the weights are those that the last of them left: edits that were undone, or
-    changed by something else, are not stepped around.
+    Keys of earlier edits count for as long as the weights are, by their :func:`.weights.checksum`, those that these edits
+    left: the last call's, or, once that is taken back, the one's before. Edits that were undone otherwise, or changed by
+    something else, are not stepped around.
 
     Raises:
         HParamsError: statistics that are missing and cannot be made, cannot be read, or do not fit the model.
@@ -199,20 +209,29 @@ def usages(model: Any, tok: Any, hparams: KDPOHyperParams) -> dict[str, Usage]:
         hparams.mom2_edit_weight,
     )  # fmt: skip
     if model not in _KNOWN or _KNOWN[model].settings != settings:
-        _KNOWN[model] = _Known(settings, _ordinary(model, tok, names, hparams), {}, {})
+        _KNOWN[model] = _Known(settings, _ordinary(model, tok, names, hparams))
     return _edited(model) or _KNOWN[model].ordinary
 
 
 def _edited(model: Any) -> dict[str, Usage]:
     """With the edits that the model holds; empty where it holds none that are known of."""
     known = _KNOWN.get(model)
-    return known.edited if known and known.edited and known.fingerprints == _fingerprints(model, known.edited) else {}
+    if not known or not known.held:
+        return {}
+    now = _checksums(model, known.ordinary)
+    return next((usages for state, usages in reversed(known.held) if state == now), {})
 
 
 def remember(model: Any, edited: dict[str, Usage]) -> None:
     """Let the edits that ``model`` now holds count in :func:`usages`."""
     known = _KNOWN[model]
-    known.edited, known.fingerprints = edited, _fingerprints(model, edited)
+    known.held = [*known.held[-1:], (_checksums(model, known.ordinary), edited)]
+
+
+def copy_knowledge(model: Any, copy: Any) -> None:
+    """Let what is known of a model be known of its copy."""
+    if model in _KNOWN:
+        _KNOWN[copy] = replace(_KNOWN[model], held=list(_KNOWN[model].held))
 
 
 def protected_keys(model: Any) -> dict[str, Tensor]:
@@ -228,6 +247,11 @@ def protect_keys(model: Any, tok: Any, hparams: KDPOHyperParams, protected: Mapp
 
 
 def _ordinary(model: Any, tok: Any, names: Sequence[str], hparams: KDPOHyperParams) -> dict[str, Usage]:
+    if not getattr(model.config, "name_or_path", ""):
+        raise HParamsError(
+            "mom2_adjustment is True, and the model has no name_or_path, under which its statistics are kept; "
+            "set model.config.name_or_path to what they were made under"
+        )
     found = {}
     try:
         for name, file in zip(names, statistics_files(model, names, hparams)):
@@ -245,5 +269,5 @@ def _ordinary(model: Any, tok: Any, names: Sequence[str], hparams: KDPOHyperPara
     return found
 
 
-def _fingerprints(model: Any, names: Iterable[str]) -> dict[str, str]:
-    return {name: fingerprint(weight) for name, weight in read(model, names).items()}
+def _checksums(model: Any, names: Iterable[str]) -> dict[str, int]:
+    return {name: checksum(weight) for name, weight in read(model, names).items()}

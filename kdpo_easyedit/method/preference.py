@@ -7,6 +7,7 @@ T is the number of target tokens, V the size of the vocabulary. Everything follo
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,26 +36,109 @@ class EditTokens:
         return self.input_ids[0, self.prompt_length :]
 
 
+def normalised(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with its prompt and target as an edit, and whatever measures it, is to have them.
+
+    The prompt is cut at its last visible character and the target has no white space around it, so that exactly one space
+    joins them (:func:`joined`); the log says once that something was cut. A prompt with ``{}`` is filled in with the request's
+    ``subject``, and a target may stand as ``{"str": …}`` or in a list of one, as datasets have it. Doing it again changes
+    nothing.
+
+    Returns:
+        A copy; all other keys are as they were.
+
+    Raises:
+        ValueError: the request, its prompt or its target is not what it must be; the message names the key and the value.
+    """
+    if not isinstance(request, Mapping):
+        raise ValueError(f"a request is {request!r:.100}; allowed: a dict with prompt and target_new")
+    prompt: Any = request.get("prompt")
+    target: Any = _answer(request.get("target_new"))
+    for key, value in (("prompt", prompt), ("target_new", target)):
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"a request's {key} is {value!r:.100}; allowed: text that is not empty")
+    return {
+        **request,
+        "prompt": _cut(filled_in(prompt, request.get("subject")), "prompt"),
+        "target_new": _cut(target, "target_new"),
+    }
+
+
+def filled_in(prompt: str, subject: Any) -> str:
+    """A prompt in ROME's form, with the subject in the place of its ``{}``; any other prompt as it is.
+
+    Raises:
+        ValueError: there is no subject, or more than one place for it.
+    """
+    match prompt.count("{}"):
+        case 0:
+            return prompt
+        case 1 if isinstance(subject, str) and subject.strip():
+            return prompt.replace("{}", subject.strip())
+        case 1:
+            raise ValueError(
+                f"a request's prompt is {prompt!r}, and its subject, which belongs in the place of {{}}, is {subject!r}"
+            )
+        case _:
+            raise ValueError(
+                f"a request's prompt is {prompt!r}; allowed: at most one {{}}, which the subject takes the place of"
+            )
+
+
+def joined(prompt: str, target: str) -> str:
+    """Prompt and target as one text, with one space between them, whatever white space they bring."""
+    return f"{prompt.rstrip()} {target.lstrip()}"
+
+
+def _answer(target: Any) -> Any:
+    """A target out of what datasets wrap it in: ``{"str": …}``, as CounterFact does, or a list of one."""
+    if isinstance(target, list) and len(target) == 1:
+        target = target[0]
+    return target["str"] if isinstance(target, Mapping) and "str" in target else target
+
+
+def _cut(text: str, key: str) -> str:
+    cut = text.rstrip() if key == "prompt" else text.strip()
+    if cut != text and key not in _SAID:
+        _SAID.add(key)
+        LOG.warning("%s is %r: the white space at its %s is cut, here and in later requests", key, text, _WHERE[key])
+    return cut
+
+
+#: The keys of which the log has said that they were cut.
+_SAID: set[str] = set()
+_WHERE = {"prompt": "end", "target_new": "ends"}
+
+
+def prompt_ids(tok: Any, prompt: str) -> list[int]:
+    """The tokens to continue a text after: with what the tokeniser puts before a text, without what it closes one with."""
+    ids: list[int] = list(tok(prompt)["input_ids"])
+    bare: list[int] = list(tok(prompt, add_special_tokens=False)["input_ids"])
+    if bare and ids[-len(bare) :] != bare:
+        start = next((i for i in range(len(ids) - len(bare)) if ids[i : i + len(bare)] == bare), None)
+        if start is not None:
+            return ids[: start + len(bare)]
+    return ids
+
+
 def edit_tokens(tok: Any, prompt: str, target: str, device: torch.device | str = "cpu") -> EditTokens:
     """Tokenise prompt and target as one text, with one space between them.
 
-    The prompt's tokens are normally a prefix of the text's. Where the tokeniser merges across the boundary (or closes
-    every text with a special token), the two are told apart by character offsets, and the log says so.
+    The prompt's tokens are normally a prefix of the text's. Where the tokeniser merges across the boundary, the two are told
+    apart by character offsets, and the log says so. What a tokeniser closes every text with belongs to neither.
 
     Raises:
         ValueError: the target has no token of its own, or nothing stands before it.
     """
-    text = prompt + (target if target.startswith(" ") else " " + target)
-    ids: list[int] = tok(text)["input_ids"]
-    prompt_ids: list[int] = tok(prompt)["input_ids"]
-    length = len(prompt_ids)
-    if ids[:length] != prompt_ids:
+    prompt = prompt.rstrip()
+    text = joined(prompt, target)
+    ids, before = prompt_ids(tok, text), prompt_ids(tok, prompt)
+    length = len(before)
+    if ids[:length] != before:
         offsets = tok(text, return_offsets_mapping=True)["offset_mapping"]
-        in_target = [i for i, (start, end) in enumerate(offsets) if end > max(start, len(prompt))]
-        length = in_target[0] if in_target else len(ids)
-        ids = ids[: in_target[-1] + 1] if in_target else ids
+        length = next((i for i, (start, end) in enumerate(offsets) if end > max(start, len(prompt))), len(ids))
         LOG.info("the tokens of %r are no prefix of those of %r: split by character offsets", prompt, text)
-    if length == len(ids):
+    if length >= len(ids):
         raise ValueError(f"target_new is {target!r}, which has no token of its own after the prompt {prompt!r}")
     if length == 0:
         raise ValueError(f"prompt is {prompt!r}, which has no token: nothing can predict the first token of {target!r}")

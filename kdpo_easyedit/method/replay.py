@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .weights import Weights, stored
+from .config import HParamsError
+from .weights import Weights, stored, users
 
 if TYPE_CHECKING:
     from .kdpo_c import Change
@@ -31,8 +33,19 @@ LOG = logging.getLogger(__name__)
 EditedWeights = Mapping[str, "Tensor | Change"]
 
 
+#: The modules that hold each edited weight: one, or several that are tied.
+Projections = Mapping[str, Sequence[nn.Module]]
+
+
 class CannotReplay(Exception):
-    """The model does not run as the replay needs it to; the message says why."""
+    """The model does not run as the replay needs it to; the first argument says why, the second may hold figures."""
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+
+# Of every model, the reasons that the log has told.
+_TOLD: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -82,13 +95,19 @@ class Suffix:
 
     Attributes:
         own_logits: what the model as it stands gives at the target's positions, ``[B, T, V]``: the reference.
+        uses: how often a forward pass runs each edited weight.
 
     On entering, the replay is checked: with the weights as they stand it must give the model's own logits. Where it does
     not, or where the model cannot be replayed, every call is a plain full forward with the same results, and the log says
-    why.
+    why, once a model. What that stands on is checked as well: W's module must compute x Wᵀ + b, and a full forward in which
+    it is made to must give the model's own logits.
+
+    Raises:
+        HParamsError: on entering, where that is not so. No edit of such a model could be trusted.
     """
 
     own_logits: Tensor
+    uses: dict[str, int]
 
     def __init__(
         self,
@@ -101,6 +120,7 @@ class Suffix:
     ) -> None:
         self.model = model
         self.weights = weights
+        self.projections: Projections = {name: users(model, name) for name in weights}
         self.layer_template = layer_template
         self.mlp_template = mlp_template
         self.input_ids = input_ids[:, :-1]  # nothing is predicted from the last token
@@ -122,8 +142,7 @@ class Suffix:
             except CannotReplay as reason:
                 self._restore.close()
                 self.replays, self._lowest_input = False, None
-                LOG.warning("every step runs the whole model: %s", reason)
-                self.own_logits = self._forward()[:, self.positions]
+                self._run_whole(reason)
             except BaseException:
                 self._restore.close()
                 raise
@@ -134,7 +153,7 @@ class Suffix:
 
     def target_logits(self, weights: EditedWeights) -> Tensor:
         """The logits that predict the target's tokens, by the full output layer: ``[B, T, V]``."""
-        with projecting_with(self.model, weights, self._lowest_input):
+        with projecting_with(self.projections, weights, self._lowest_input):
             return self._forward(self._output_forward) if self.replays else self._forward()[:, self.positions]
 
     def pair_logits(self, weights: EditedWeights, pairs: Tensor) -> Tensor:
@@ -149,7 +168,7 @@ class Suffix:
         """
         if not self.replays:
             return self.target_logits(weights)[0].gather(-1, pairs).float()
-        with projecting_with(self.model, weights, self._lowest_input):
+        with projecting_with(self.projections, weights, self._lowest_input):
             return self._forward(lambda hidden: self._rows(hidden, pairs))[0]
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -171,8 +190,11 @@ class Suffix:
     def _rows(self, hidden: Tensor, pairs: Tensor) -> Tensor:
         """Two rows of the output layer a position, in float32: ``[1, T, d]`` → ``[1, T, 2]``."""
         weight = self._output_layer.weight
-        if weight.is_meta:  # offloaded: only the module's own forward brings its rows
-            return self._output_forward(hidden).gather(-1, pairs.unsqueeze(0)).float()
+        if weight.is_meta or type(self._output_layer) is not nn.Linear:
+            # Offloaded, or more than its weight: only the module's own forward knows its rows.
+            logits = self._output_forward(hidden)
+            return logits.gather(-1, pairs.to(logits.device).unsqueeze(0)).float()
+        hidden, pairs = hidden.to(weight.device), pairs.to(weight.device)  # of a model on several devices
         logits = (weight[pairs].float() * hidden[0].float().unsqueeze(1)).sum(-1)
         bias = getattr(self._output_layer, "bias", None)
         return (logits if bias is None else logits + bias[pairs].float()).unsqueeze(0)
@@ -216,10 +238,12 @@ class Suffix:
                 hooks.callback(
                     last_mlp.register_forward_hook(lambda _m, args, output: last_mlp_shapes.extend((*args, output))).remove
                 )
-            self.own_logits = self._forward(self._output_layer.forward)
+            self.own_logits = self._own(self._output_layer.forward)
 
+        if any(times != 1 for times in self.uses.values()):
+            raise CannotReplay("an edited projection runs more than once in a forward pass")
         if len(inputs) != 1 or any(len(kept) > 1 for kept in outputs.values()):
-            raise CannotReplay("the edited projection, or a module beside it, runs more than once in a forward pass")
+            raise CannotReplay("a module beside the edited projection runs more than once in a forward pass")
         self._lowest_input = inputs[0]
         self._constant_outputs = {module: kept[0] for module, kept in outputs.items() if kept}
         match last_mlp_shapes:
@@ -228,7 +252,7 @@ class Suffix:
                 self._last_mlp = None if holds_w else last_mlp
 
     def _layers(self) -> dict[str, nn.Module]:
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         names = (self.layer_template.format(n) for n in range(len(modules)))
         return {name: modules[name] for name in itertools.takewhile(modules.__contains__, names)}
 
@@ -244,8 +268,9 @@ class Suffix:
         """A module that works on each position by itself, run on the target's positions; the others' outputs are 0."""
 
         def narrowed(hidden: Tensor) -> Tensor:
-            output = torch.zeros_like(hidden)
-            output[:, self.positions] = forward(self._at_target(hidden))
+            at_target = forward(self._at_target(hidden))
+            output = torch.zeros_like(hidden, device=at_target.device)
+            output[:, self.positions] = at_target
             return output
 
         return narrowed
@@ -261,13 +286,78 @@ class Suffix:
             else:
                 replayed = self.target_logits(self.weights).float()
         except Exception as error:  # whatever a model's code does not like of being replayed
-            raise CannotReplay(f"its layers cannot be run on their own: {type(error).__name__}: {error}") from error
+            raise CannotReplay("its layers cannot be run on their own:", f"{type(error).__name__}: {error}") from error
         if versions != [tensor._version for tensor in self._kept_tensors()]:
             raise CannotReplay("its layers change their inputs in place")
-        scale, difference = own.abs().max().item(), (replayed - own).abs().max().item()
+        differing = self._differing(own, replayed)
+        if differing:
+            raise CannotReplay("the replayed logits differ", differing)
+
+    def _differing(self, own: Tensor, other: Tensor) -> str:
+        """By how much logits differ that should be the same, in words; nothing where they do not, or are no numbers at all."""
+        if not torch.isfinite(own).all():
+            return ""
+        scale, difference = own.abs().max().item(), (other.to(own.device) - own).abs().max().item()
         allowed = scale * torch.finfo(self.own_logits.dtype).eps ** 0.5 / 4
-        if not difference <= allowed:
-            raise CannotReplay(f"the replayed logits differ by {difference:.2g} (of {scale:.2g}; {allowed:.2g} is allowed)")
+        return "" if difference <= allowed else f"by {difference:.2g} (of {scale:.2g}; {allowed:.2g} is allowed)"
+
+    def _run_whole(self, reason: CannotReplay) -> None:
+        """Let every call be a full forward, if W can be given to the model at all."""
+        told = _TOLD.setdefault(self.model, set())
+        if reason.args[0] not in told:
+            told.add(reason.args[0])
+            LOG.warning("every step runs the whole model, here and in later edits of it: %s", reason)
+        logits = self._own()
+        if logits.dim() != 3 or logits.shape[1] != self.input_ids.shape[1]:
+            raise HParamsError(
+                f"{type(self.model).__name__} gives logits of shape {list(logits.shape)} for {self.input_ids.shape[1]} tokens; "
+                "an edit needs those of every position"
+            )
+        self.own_logits = logits[:, self.positions]
+        differing = self._differing(self.own_logits.float(), self.target_logits(self.weights).float())
+        if differing:
+            kinds = ", ".join(sorted({type(m).__name__ for modules in self.projections.values() for m in modules}))
+            raise HParamsError(
+                f"the logits of {type(self.model).__name__} differ {differing} where x Wᵀ + b takes the place of the edited "
+                f"{kinds}: they are not a function of that weight alone, or not the same from run to run"
+            )
+
+    def _own(self, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """One pass of the model as it is, in which the modules that hold W are watched.
+
+        Raises:
+            HParamsError: one of them computes something else than x Wᵀ + b, or W is not run.
+        """
+        self.uses = dict.fromkeys(self.projections, 0)
+        with ExitStack() as stack:
+            for name, modules in self.projections.items():
+                for module in modules:
+                    stack.enter_context(forward_as(module, self._watched(name, module)))
+            logits = self._forward(head)
+        for name, times in self.uses.items():
+            if not times:
+                kind = type(self.projections[name][0]).__name__
+                raise HParamsError(
+                    f"{name}: its module, of type {kind}, is not run in a forward pass of {type(self.model).__name__}, which "
+                    "uses the weight in another way, or not for this prompt: it cannot be edited"
+                )
+        return logits
+
+    def _watched(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        def watched(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = forward(x, *args, **kwargs)
+            self.uses[name] += 1
+            if not _is_projection(module, self.weights[name], x, output):
+                raise HParamsError(
+                    f"{name} is the weight of a module of type {type(module).__module__}.{type(module).__name__}, which "
+                    "computes something else than x Wᵀ + b: load the model with a plain torch.nn.Linear there, neither "
+                    "quantised nor scaled"
+                )
+            return output
+
+        return watched
 
     def _kept_tensors(self) -> list[Tensor]:
         kept = (self._lowest_input, *self._constant_outputs.values())
@@ -289,25 +379,47 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def _is_projection(module: nn.Module, weight: Tensor, x: Any, output: Any) -> bool:
+    """Whether a module's output is x Wᵀ + b, as torch computes it in the same dtype."""
+    if not (isinstance(x, Tensor) and isinstance(output, Tensor) and x.is_floating_point()):
+        return False
+    x, weight, bias = x.to(output.device), weight.to(output.device), stored(module, "bias")
+    try:
+        expected = F.linear(
+            x, weight.T if isinstance(module, Conv1D) else weight, None if bias is None else bias.to(output.device)
+        )
+    except RuntimeError:  # of another shape or dtype
+        return False
+    if expected.shape != output.shape:
+        return False
+    # Beyond float16's range both are infinite.
+    found, expected = (t.float().nan_to_num() for t in (output, expected))
+    allowed = max(torch.finfo(output.dtype).eps, 1e-4)
+    return bool((found - expected).norm() <= allowed * expected.norm())
+
+
 @contextmanager
-def projecting_with(model: PreTrainedModel, weights: EditedWeights, lowest_input: Tensor | None = None) -> Iterator[None]:
-    """For a block, let the model run with other weights W.
+def projecting_with(projections: Projections, weights: EditedWeights, lowest_input: Tensor | None = None) -> Iterator[None]:
+    """For a block, let a model run with other weights W.
 
     Args:
-        model: the model; its own weights are not touched.
+        projections: the modules that hold W, by its names; their own weights are not touched.
         weights: W by name, lowest layer first, cast to the model's dtype with a float32 gradient; or changes of it.
         lowest_input: the input of the lowest W, where it is known already.
     """
     with ExitStack() as stack:
         given = lowest_input
         for name, weight in weights.items():
-            projection = model.get_submodule(name.removesuffix(".weight"))
-            stack.enter_context(forward_as(projection, _projecting(projection, weight, given)))
+            used = itertools.count()
+            for projection in projections[name]:
+                stack.enter_context(forward_as(projection, _projecting(projection, weight, given, used)))
             given = None
         yield
 
 
-def _projecting(projection: nn.Module, weight: Tensor | Change, given: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _projecting(
+    projection: nn.Module, weight: Tensor | Change, given: Tensor | None, used: Iterator[int]
+) -> Callable[[Tensor], Tensor]:
     if not isinstance(weight, Tensor):
         own: Callable[[Tensor], Tensor] = projection.forward
 
@@ -319,8 +431,11 @@ def _projecting(projection: nn.Module, weight: Tensor | Change, given: Tensor | 
     bias = stored(projection, "bias")
 
     def forward(x: Tensor) -> Tensor:
-        x = x if given is None else given
-        return _Project.apply(x, weight, None if bias is None else bias.to(x.device), isinstance(projection, Conv1D))
+        x = (x if given is None else given).to(weight.device)
+        last_gradient = weight.grad if next(used) == 0 else None
+        return _Project.apply(
+            x, weight, None if bias is None else bias.to(x.device), isinstance(projection, Conv1D), last_gradient
+        )
 
     return forward
 
@@ -328,18 +443,19 @@ def _projecting(projection: nn.Module, weight: Tensor | Change, given: Tensor | 
 class _Project(torch.autograd.Function):
     """x Wᵀ + b in the dtype of x, with the gradient of W in W's own: a sum over tokens of products needs float32.
 
-    With ``transposed``, W is stored as GPT-2's Conv1D does, ``[in, out]``.
+    With ``transposed``, W is stored as GPT-2's Conv1D does, ``[in, out]``. The gradient goes into the memory of ``buffer``, of
+    one use of W in a pass alone: fresh memory takes longer to touch than to compute.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, buffer: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.transposed = transposed
+        ctx.transposed, ctx.buffer = transposed, buffer
         cast = weight.to(x.device, x.dtype)
         return F.linear(x, cast.T, bias) if transposed else _linear(x, cast, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         to_x = None
@@ -349,5 +465,4 @@ class _Project(torch.autograd.Function):
         inputs, outputs = (rows.flatten(0, -2).to(weight.dtype) for rows in (x, gradient))
         # In the layout of W itself: the fused Adam reads a transposed gradient as if it were not.
         left, right = (inputs, outputs) if ctx.transposed else (outputs, inputs)
-        # Into the last step's gradient, where there is one: fresh memory takes longer to touch than to compute.
-        return to_x, torch.mm(left.T, right, out=weight.grad).to(weight.device), None, None
+        return to_x, torch.mm(left.T, right, out=ctx.buffer).to(weight.device), None, None, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ Weights = Mapping[str, Tensor]
 
 
 def stored(module: nn.Module, key: str) -> Tensor | None:
-    """A module's own parameter, also while it is offloaded; None where it is None."""
-    parameter = getattr(module, key)
+    """A module's own parameter, also while it is offloaded; None where it has none of that name."""
+    parameter = getattr(module, key, None)
     return parameter if parameter is None or not parameter.is_meta else _hook(module).weights_map[key]
 
 
@@ -44,10 +45,68 @@ def fingerprint(weight: Tensor) -> str:
     return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
+def checksum(weight: Tensor) -> int:
+    """64 bits that tell one state of a weight from another, from one pass over it where it lies.
+
+    A change of one number, or of numbers that have nothing to do with one another, gives another sum, but for one chance in
+    2⁶⁴. It is no hash: the same rows in another order have the same sum, and whoever wants to can make two weights that do.
+    """
+    rows = weight.detach().contiguous()
+    whole = rows.shape[-1] * rows.element_size() % 8 == 0
+    columns = rows.view(torch.int64 if whole else _INTEGERS[rows.element_size()]).sum(0, dtype=torch.int64)
+    odd = torch.arange(1, 2 * len(columns), 2, device=columns.device) * 6364136223846793005
+    return int((columns * odd).sum())
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# The states of weights that edits have led to, by model and name: what tells whether a model holds an edit.
+_EDITED: WeakKeyDictionary[nn.Module, dict[str, set[int]]] = WeakKeyDictionary()
+
+
+def note_edit(model: nn.Module, before: Weights, after: Weights) -> None:
+    """Let a model that has the weights ``after`` be known as one that holds an edit."""
+    states = _EDITED.setdefault(model, {})
+    for name, weight in after.items():
+        left = checksum(weight)
+        if left != checksum(before[name]):
+            states.setdefault(name, set()).add(left)
+
+
+def holds_edit(model: nn.Module) -> bool:
+    """Whether some weight of a model is now what an edit that was made here, or applied from a file, has left.
+
+    Edits that were taken back do not count, whoever took them back; nor do those of a copy's original, unless
+    :func:`copy_notes` was told of the copy.
+    """
+    names = [name for name in _EDITED.get(model, ()) if _has(model, name)]
+    return any(checksum(weight) in _EDITED[model][name] for name, weight in read(model, names).items())
+
+
+def copy_notes(model: nn.Module, copy: nn.Module) -> None:
+    """Let what is known of a model be known of its copy."""
+    if model in _EDITED:
+        _EDITED[copy] = {name: set(states) for name, states in _EDITED[model].items()}
+
+
 def runs_on(module: nn.Module) -> torch.device:
-    """The device that a module computes on."""
-    parameter = next(module.parameters(recurse=False))
-    return torch.device(_hook(module).execution_device) if parameter.is_meta else parameter.device
+    """The device that a module computes on: that of its own first parameter, or of its parts'."""
+    owner, parameter = next((m, p) for m in module.modules() for p in m.parameters(recurse=False))
+    return torch.device(_hook(owner).execution_device) if parameter.is_meta else parameter.device
+
+
+def users(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules whose weight is the parameter of this name: the one that the name says, and those that are tied to it."""
+    module, key = _locate(model, name)
+    parameter = module._parameters[key]
+    return [module, *(m for m in model.modules() if m is not module and any(p is parameter for p in m._parameters.values()))]
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(model.get_parameter(name), nn.Parameter)
+    except AttributeError:
+        return False
 
 
 def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -60,6 +60,7 @@ def test_cycles_that_do_not_suffice_are_told(loaded, requests, hparams):
 
 
 def test_requests_are_edited_in_order_each_on_top_of_the_last(loaded, fresh, requests, hparams):
+    hparams.sequential_edit = True
     together, _ = apply_kdpo_to_model(*loaded, requests[:3], hparams, copy=True)
     model, tok = fresh
     for request in requests[:3]:
