@@ -140,10 +140,45 @@ def test_a_pair_of_model_and_tokenizer_is_taken(loaded, requests, hparams):
     assert copy.deepcopy(editor.model_name) == editor.model_name
 
 
+@pytest.mark.parametrize(("parallel", "dispatched", "moved"), [(False, False, ["cpu"]), (True, False, []), (False, True, [])])
+def test_a_pair_is_moved_to_its_device_unless_it_is_spread_over_several(
+    hparams, fresh, monkeypatch, parallel, dispatched, moved
+):
+    model, _ = hparams.model_name = fresh
+    hparams.model_parallel = parallel
+    if dispatched:
+        model.hf_device_map = {"": "cpu"}
+    to = []
+    monkeypatch.setattr(model, "to", lambda device: to.append(str(device)))
+    editor = easyeditor.BaseEditor.from_hparams(hparams)
+    assert editor.model is model and to == moved and editor.hparams.device == "cpu"
+
+
+def test_a_pair_on_a_device_that_is_not_there_is_told(hparams, loaded):
+    hparams.model_name, hparams.device = loaded, "cuda:63"
+    with pytest.raises(host.HostError, match="device is 'cuda:63', which this machine does not have; try 'cpu'"):
+        easyeditor.BaseEditor.from_hparams(hparams)
+
+
+def test_every_method_is_measured_alike(loaded, requests, hparams, monkeypatch):
+    """Whatever its own hyper-parameters say of the metrics."""
+    editor = easyeditor.BaseEditor.from_hparams(hparams)
+    expected = edit_quality(editor, editor.model, requests[0], fluency=False)
+    monkeypatch.setattr(type(editor.tok), "apply_chat_template", lambda *_, **__: pytest.fail("a chat template"))
+    for own in ({"use_chat_template": True}, {"alg_name": "GRACE"}, {"max_length": 2}, {"evaluation_type": "generate-text"}):
+        editor.hparams = copy.copy(hparams)
+        vars(editor.hparams).update(own)
+        assert edit_quality(editor, editor.model, requests[0], fluency=False) == expected
+        assert vars(editor.hparams) == vars(hparams) | own
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_name": "no/such-model"}, "model_name is 'no/such-model', which cannot be loaded; give a folder"),
+        ({"model_name": "/no/such/model"}, r"model_name is '/no/such/model', .* The reason: there is no such folder$"),
+        ({"model_name": "./model"}, r"model_name is '\./model', .* The reason: there is no such folder$"),
+        ({"model_name": "~/model"}, r"The reason: there is no such folder: ~ is not filled in$"),
         ({"device": 63}, "device is 63, which this machine does not have; try 'cpu'"),
     ],
 )

@@ -41,7 +41,7 @@ def load_hparams(method: str, name_or_path: str | Path) -> Any:
     try:
         if IS_RELEASE:
             _drop_keys_of_main(cls, config)
-        left_out = [f.name for f in fields(cls) if f.name in _MODULES and f.name not in config]
+        left_out = [f.name for f in fields(cls) if f.name in _follow_from_family(algorithm) and f.name not in config]
         config |= dict.fromkeys(left_out)
         check_keys(cls, config)
     except HParamsError as error:
@@ -58,6 +58,11 @@ _MODULES = {
     "ln_f_module": "final_norm",
     "lm_head_module": "",  # see filled_in
 }
+
+
+def _follow_from_family(algorithm: str) -> set[str]:
+    # PMET means others by these names: the output projections of the MLP and of the attention.
+    return set(_MODULES) - ({"mlp_module_tmp", "attn_module_tmp"} if algorithm == "PMET" else set())
 
 
 def filled_in(hparams: Any, model: Any) -> Any:

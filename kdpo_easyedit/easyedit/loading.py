@@ -83,9 +83,15 @@ def load_model(hparams: Any) -> tuple[Any, Any]:
 
 
 def _cannot_load(name: str, error: Exception) -> HostError:
+    # A name on the hub has one slash at most; what transformers says of a longer one speaks of names alone.
+    is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        reason = f"there is no such folder{': ~ is not filled in' if name.startswith('~') else ''}"
+    else:
+        reason = " ".join(str(error).split())
     return HostError(
         f"model_name is {name!r}, which cannot be loaded; give a folder, a name on the model hub, or, from Python, "
-        f"a pair of model and tokenizer. The reason: {' '.join(str(error).split())}"
+        f"a pair of model and tokenizer. The reason: {reason}"
     )
 
 

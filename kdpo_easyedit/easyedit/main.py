@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from ..files import whole
 from ..method.weights import fingerprint
+from . import both
 from .host import ALG_DICT, HostError, is_wrapper, replace_everywhere, submodule
 
 
 def mend() -> None:
     """Mend main, once."""
+    both.mend()
     _mend_generation()
     _mend_routing()
     _mend_projections()
@@ -151,7 +153,10 @@ def _mend_grace() -> None:
 
 
 def _mend_wise() -> None:
-    """Main's WISE forgets the bias of GPT-2's layers when it retrieves from a finished memory: it must not come to that."""
+    """Main's WISE forgets the bias of GPT-2's layers when it retrieves from a finished memory: it must not come to that.
+
+    And it alone leaves braces in the contexts that it lets the model write, which it then takes for places to fill in.
+    """
     adapter = submodule("models.wise.WISE").WISEAdapter
     save = adapter.save_weight
 
@@ -164,3 +169,14 @@ def _mend_wise() -> None:
         save(self)
 
     adapter.save_weight = save_weight
+
+    utils = submodule("models.wise.utils")
+    write = utils.get_context_templates
+
+    @wraps(write)
+    def get_context_templates(*args: Any, **kwargs: Any) -> list[str]:
+        contexts = [template.removesuffix("{}") for template in write(*args, **kwargs)]
+        utils.CONTEXT_TEMPLATES_CACHE = [context.replace("{", "").replace("}", "") + "{}" for context in contexts]
+        return utils.CONTEXT_TEMPLATES_CACHE
+
+    replace_everywhere("get_context_templates", write, get_context_templates)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 
-from ..method.weights import write
+from ..method.weights import read, write
 from ..plugin import is_easyedit
+from .failures import as_it_was_on_failure, check_finite
 from .host import ALG_DICT, EDITOR_LOG, IS_RELEASE, HostError, easyeditor, is_wrapper, submodule
 
 #: Keys of main's hyper-parameters that the release lacks, each with what the release does.
@@ -81,6 +83,17 @@ def check_method(hparams: Any, sequential: bool) -> None:
         raise HostError(f"merge_freq is {hparams.merge_freq!r}; allowed: a multiple of save_freq, {hparams.save_freq!r}")
 
 
+def caveat(hparams: Any) -> str:
+    """What has to be known of a method's figures on this EasyEdit, in words; mostly nothing."""
+    whole_vocabulary = "= outputs_pos.logits.log_softmax(-1)\n"
+    if hparams.alg_name == "DPO" and whole_vocabulary in inspect.getsource(submodule("models.dpo.dpo_main")):
+        return (
+            "the DPO of an EasyEdit from before 4 July 2026 (its commit 79ecb85), whose loss adds up the log-probabilities "
+            "of all tokens there are, where DPO has those of the answers: git pull"
+        )
+    return ""
+
+
 def hyper_params_class(method: str) -> type:
     """EasyEdit's hyper-parameter dataclass of a method.
 
@@ -109,26 +122,53 @@ def apply_edit(
     """One edit by ``BaseEditor``'s method: the edited model, and the weights that it changed, as they were.
 
     KDPO adds its trace to ``traces``; the others take no notice of it.
+
+    Raises:
+        Exception: whatever the method raises, or an ArithmeticError where it has left numbers that are not finite. The model
+            is then as it was.
     """
     if is_wrapper(model):
         model = model.model  # the wrapped copy, in which the method finds its layer
     request = request | _wanted_beside(editor, model, request)
-    for name, module in model.named_modules():
-        if "lora_" in name:
-            module.train()
-    edited, originals = editor.apply_algo(
-        model,
-        editor.tok,
-        [request],
-        editor.hparams,
-        copy=False,
-        return_orig_weights=True,
-        keep_original_weight=IS_RELEASE or edits_weights(editor.hparams),  # EMMET tells of no weights otherwise
-        train_ds=None,
-        traces=traces,
-    )
+    with as_it_was_on_failure(model, _at_risk(editor.hparams, model)):
+        for name, module in model.named_modules():
+            if "lora_" in name:
+                module.train()
+        edited, originals = editor.apply_algo(
+            model,
+            editor.tok,
+            [request],
+            editor.hparams,
+            copy=False,
+            return_orig_weights=True,
+            keep_original_weight=IS_RELEASE or edits_weights(editor.hparams),  # EMMET tells of no weights otherwise
+            train_ds=None,
+            traces=traces,
+        )
+        if edits_weights(editor.hparams):
+            check_finite(read(model, originals))
+        else:  # an adapter's, or what a wrapper trains
+            originals = {}
+            check_finite({name: weight for name, weight in edited.named_parameters() if weight.requires_grad})
     # Adapters are trained with their dropout and used without; main leaves it on.
-    return edited.eval(), originals if edits_weights(editor.hparams) else {}
+    return edited.eval(), originals
+
+
+def _at_risk(hparams: Any, model: Any) -> list[str]:
+    """The weights of a model that a method may have changed when it fails."""
+    names = [name for name, _ in model.named_parameters()]
+    match hparams.alg_name:
+        case "KDPO":  # writes once it is done
+            return []
+        case "KN":  # changes weights of any layer
+            return names
+        case method if method in _IN_WEIGHTS:
+            templates = getattr(hparams, "rewrite_module_tmps", [hparams.rewrite_module_tmp])
+            edited = [template.format(layer) for template in templates for layer in hparams.layers]
+            return [name for name in names if any(module in name for module in edited)]
+        case method if method in _IN_ADAPTERS:
+            return [name for name in names if "lora_" in name]
+    return []
 
 
 def _wanted_beside(editor: Any, model: Any, request: dict[str, Any]) -> dict[str, str]:

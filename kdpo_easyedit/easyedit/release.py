@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from . import both
 from .host import replace_everywhere, submodule
 
 
 def mend() -> None:
     """Mend the release, once."""
+    both.mend()
     _mend_metrics()
     _mend_block_outputs()
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..once import once
 from .config import HParamsError, KDPOHyperParams
 from .statistics import StatisticsError, second_moment, statistics_files
 from .weights import Weights, checksum, read
@@ -246,6 +247,7 @@ def protect_keys(model: Any, tok: Any, hparams: KDPOHyperParams, protected: Mapp
     remember(model, {name: replace(ordinary[name], protected=rows) for name, rows in protected.items()})
 
 
+@once
 def _ordinary(model: Any, tok: Any, names: Sequence[str], hparams: KDPOHyperParams) -> dict[str, Usage]:
     if not getattr(model.config, "name_or_path", ""):
         raise HParamsError(
