@@ -157,6 +157,8 @@ def summarise(method: str, protocol: str, metrics: Sequence[EditMetrics], phase:
         means["mean"] = round(float(sum(means_of_four) / len(means_of_four)), 4)
         if len(metrics) > 1:
             intervals["mean"] = joint_interval([by_edit[key] for key in FOUR])
+    once = [entry.once for entry in metrics if entry.once is not None] if phase == "post" else []
+    means["once_seconds"] = round(sum(once), 4) if once else None
     failed = sum(entry.error is not None for entry in metrics) if phase == "post" else 0
     return Summary(method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, failed=failed, **means)
 

@@ -39,6 +39,7 @@ from ..method.config import HParamsError, KDPOHyperParams
 from ..method.kdpo import EditTrace
 from ..method.statistics import Text
 from ..method.weights import read, write
+from ..once import once_seconds
 from .ability import Ability
 from .ability import read as read_text
 from .datasets import Request
@@ -112,6 +113,7 @@ class Comparison:
         examples: some of the first method's edits.
         curve: one for every method and checkpoint of the sequential edits.
         tests: one for every measure of every row but the first method's, or KDPO's where it is there.
+        caveats: what has to be known of a method's figures, by method.
     """
 
     before: Summary
@@ -119,6 +121,7 @@ class Comparison:
     examples: list[Example]
     curve: list[Summary]
     tests: list[PairedTest] = field(default_factory=list)
+    caveats: dict[str, str] = field(default_factory=dict)
 
 
 def compare(
@@ -185,7 +188,8 @@ def compare(
         "versions": versions(),
     }
 
-    about = {"data": data_name, "device": _machine(methods[0].hparams.device)}
+    caveats = {method.name: words for method in methods if (words := algorithms.caveat(method.hparams))}
+    about = {"data": data_name, "device": _machine(methods[0].hparams.device), "caveats": caveats}
     with RunFolder(folder, settings, overwrite, about) as run, algorithms.output_to(folder):
         first = host.BaseEditor(copy.copy(methods[0].hparams))
         _check_room(requests, first.model, first.tok)
@@ -198,7 +202,7 @@ def compare(
             reading = read_text(first.model, first.tok, ability_texts)
             unedited = replace(unedited, perplexity=round(reading.perplexity, 4))
         ability = Ability(ability_texts, reading) if reading else None
-        result = Comparison(unedited, [], [], [])
+        result = Comparison(unedited, [], [], [], caveats=caveats)
         for protocol in protocols:
             for method in methods:
                 editor = editor_of(method, first, protocol)
@@ -277,7 +281,7 @@ def _edit_one_by_one(
             progress.set_postfix_str(_running(journal.entries), refresh=False)
             progress.update()
     metrics = [
-        replace(entry, **{key: done.get(key) for key in ("time", "memory", "post", "error")})
+        replace(entry, **{key: done.get(key) for key in ("time", "memory", "post", "error", "once")})
         for entry, done in zip(before, journal.entries)
     ]
     run.write(f"metrics-{name}-{SINGLE}.json", to_json(metrics))
@@ -377,7 +381,9 @@ def _edit_in_sequence(
                             posts += measure_after(editor, edited, rest, seed, how)
                             measured.update(len(rest))
                     for entry, done, post in zip(before, journal.entries, posts):
-                        metrics.append(replace(entry, post=post, **{key: done.get(key) for key in ("time", "memory", "error")}))
+                        metrics.append(
+                            replace(entry, post=post, **{key: done.get(key) for key in ("time", "memory", "error", "once")})
+                        )
                     run.write(file, to_json(metrics))
                 row = summarise(name, SEQUENTIAL, metrics, "post")
                 rows.append(row if ability is None else ability.added_to(row, edited, editor.tok))
@@ -456,12 +462,14 @@ def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
     traces: list[EditTrace] = []
     model = algorithms.model_to_edit(editor, model)
     peak = PeakMemory(editor.device)
+    once_seconds()
     synchronize()
     started = time.perf_counter()
     edited, originals = algorithms.apply_edit(editor, model, request, traces)
     synchronize()
-    seconds = time.perf_counter() - started
-    trace: dict[str, Any] = {"memory": peak.bytes()}
+    once = once_seconds()
+    seconds = time.perf_counter() - started - once
+    trace: dict[str, Any] = {"memory": peak.bytes(), "once": once}
     if traces:
         trace |= traces[0].to_dict() | {"negative_texts": [editor.tok.decode(tokens) for tokens in traces[0].negatives]}
     else:

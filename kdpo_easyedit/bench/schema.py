@@ -32,6 +32,7 @@ class EditMetrics:
         post: the same of the edited one.
         time: seconds that the edit took.
         memory: bytes that it took beyond what was taken before; None where that cannot be measured.
+        once: seconds of what the method made and keeps for later edits, which ``time`` leaves out.
         error: why the edit could not be made, where it could not; ``post`` is then of the model as it was before.
     """
 
@@ -42,6 +43,7 @@ class EditMetrics:
     time: float | None = None
     memory: int | None = None
     error: str | None = None
+    once: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Summary:
         generated_success, generated_generalization: how often what it writes there on its own begins with the target.
         fluency: n-gram entropy of what the model writes, in bits, as EasyEdit measures it.
         seconds_per_edit: wall-clock time of the edits alone.
+        once_seconds: of what the method made once and kept (contexts, covariances, factors), in all.
         megabytes_per_edit: the most memory that an edit takes beyond what was taken before it, the median over the edits; None
             where it cannot be measured (see :class:`kdpo_easyedit.peak.PeakMemory`).
         intervals: 95 % confidence intervals of the measures (:func:`kdpo_easyedit.bench.significance.interval`).
@@ -88,6 +91,7 @@ class Summary:
     ns: float | None = None
     perplexity: float | None = None
     divergence: float | None = None
+    once_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--datatype",
         metavar="LAYOUT",
-        help="its layout, for all records: knowedit, wikibio, zsre_mend, counterfact_rome, flat, wikibigedit, cknowedit, bizsre, "
-        "mzsre, mquake, rippleedits, unke, akew, halluedit, or EasyEdit's names of KnowEdit's files (default: each record's keys "
-        "tell)",
+        help="its layout, for all records: knowedit, wikibio, zsre_mend, counterfact_rome, flat, wikibigedit, cknowedit, "
+        "bizsre, mzsre, mquake, rippleedits, unke, akew, halluedit, or EasyEdit's names of KnowEdit's files "
+        "(default: each record's keys tell)",
     )
     data.add_argument("--ds_size", type=int, metavar="N", help="how many records to take (default: all; of the world's, 20)")
     data.add_argument("--shuffle", action="store_true", help="take the records in random order, by --seed")

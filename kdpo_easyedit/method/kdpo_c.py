@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..once import once
 from .config import HParamsError, KDPOHyperParams
-from .statistics import StatisticsError, second_moment, statistics_files
+from .statistics import StatisticsError, fingerprints, statistics_files
+from .statistics import read as read_moment
 from .weights import Weights, checksum, read
 
 LOG = logging.getLogger(__name__)
@@ -256,12 +257,12 @@ def _ordinary(model: Any, tok: Any, names: Sequence[str], hparams: KDPOHyperPara
         )
     found = {}
     try:
-        for name, file in zip(names, statistics_files(model, names, hparams)):
-            module, moment = model.get_submodule(name.removesuffix(".weight")), second_moment(file)
-            width = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
-            if moment.shape != (width, width):
-                raise HParamsError(f"{file}: {list(moment.shape)}, and {name} needs [{width}, {width}]: another model's?")
-            LOG.info("factorising the statistics of %s, %d × %d", name, width, width)
+        files = statistics_files(model, names, hparams)
+        modules = [name.removesuffix(".weight") for name in names]
+        weights = fingerprints(model, modules)
+        for name, module, file in zip(names, modules, files):
+            moment = read_moment(file, model, module, weights[module])
+            LOG.info("factorising the statistics of %s, %d × %d", name, *moment.shape)
             try:
                 found[name] = Usage.of(moment, hparams.mom2_damping, hparams.mom2_edit_weight)
             except ValueError as error:

@@ -77,6 +77,7 @@ def _read(folder: Path) -> Results:
         examples=[],
         curve=_rows(run, Summary, "curve.json") or [],
         tests=tests,
+        caveats=record["about"].get("caveats", {}),
     )
     hparams = next(iter(record["methods"].values()))
     loading = {key: hparams.get(key, False) for key in ("device", "fp16", "model_parallel")}
@@ -123,6 +124,7 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
         joined.metrics |= {(names[method], protocol): of for (method, protocol), of in run.metrics.items()}
         joined.traces |= {(names[method], protocol): of for (method, protocol), of in run.traces.items()}
         joined.hparams |= {names[method]: of for method, of in run.hparams.items()}
+        joined.comparison.caveats |= {names[method]: words for method, words in run.comparison.caveats.items()}
         joined.easyedit += [row | {"method": names[row["method"]]} for row in run.easyedit]
     joined.comparison.tests = paired_tests({key: per_edit(metrics, "post") for key, metrics in joined.metrics.items()})
     return joined
