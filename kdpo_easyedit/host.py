@@ -795,9 +795,19 @@ def build_world(recipe: world.Recipe = world.Recipe(), quiet: bool = False) -> w
         WorldError, OSError: as :func:`kdpo_easyedit.world.build`.
     """
     built = world.build(recipe, quiet)
-    names = [f"transformer.h.{layer}.mlp.c_proj" for layer in range(recipe.layers)]
-    files = [statistics_file(built.statistics, str(built.folder), name, world.NAME, recipe.samples) for name in names]
-    missing = [name for name, file in zip(names, files) if not file.is_file()]
+    names = recipe.projections
+    files = {n: statistics_file(built.statistics, str(built.folder), n, world.NAME, recipe.samples) for n in names}
+    missing = [name for name in names if not files[name].is_file()]
+    known, count = built.second_moments() if missing else ({}, 0)
+    for name in [name for name in missing if name in known]:
+        missing.remove(name)
+        files[name].parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=files[name].parent) as unfinished:
+            file = Path(unfinished) / files[name].name
+            kind = "easyeditor.util.runningstats.SecondMoment()"
+            of_easyedit = {"mom2.constructor": kind, "mom2.count": count, "mom2.mom2": known[name].numpy()}
+            np.savez(file, **of_easyedit, sample_size=recipe.samples)
+            file.replace(files[name])
     if missing:
         model = AutoModelForCausalLM.from_pretrained(built.folder)
         tok = AutoTokenizer.from_pretrained(built.folder)
