@@ -805,8 +805,8 @@ def build_world(recipe: world.Recipe = world.Recipe(), quiet: bool = False) -> w
         with tempfile.TemporaryDirectory(dir=files[name].parent) as unfinished:
             file = Path(unfinished) / files[name].name
             kind = "easyeditor.util.runningstats.SecondMoment()"
-            of_easyedit = {"mom2.constructor": kind, "mom2.count": count, "mom2.mom2": known[name].numpy()}
-            np.savez(file, **of_easyedit, sample_size=recipe.samples)
+            stored: dict[str, Any] = {"constructor": kind, "count": count, "mom2": known[name].numpy()}
+            np.savez(file, sample_size=recipe.samples, **{f"mom2.{key}": value for key, value in stored.items()})
             file.replace(files[name])
     if missing:
         model = AutoModelForCausalLM.from_pretrained(built.folder)

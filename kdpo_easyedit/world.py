@@ -625,8 +625,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step(self, matrix: Tensor, lr: float, weight_decay: float) -> None:
-        mean = self.state[matrix]["momentum"].lerp_(matrix.grad, 1 - self.momentum)
-        step = orthogonalised(matrix.grad.lerp(mean, self.momentum))
+        gradient, mean = matrix.grad, self.state[matrix]["momentum"]
+        assert gradient is not None
+        step = orthogonalised(gradient.lerp(mean.lerp_(gradient, 1 - self.momentum), self.momentum))
         rows, columns = matrix.shape
         matrix.mul_(1 - lr * weight_decay).sub_(step, alpha=lr * max(1, rows / columns) ** 0.5)
 
