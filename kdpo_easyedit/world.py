@@ -22,7 +22,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -48,6 +48,7 @@ from transformers import (  # type: ignore[attr-defined]
 )
 
 from .files import whole
+from .muon import Muon
 
 #: The model's name in a YAML: ``model_name: world``; also what its statistics are named after.
 NAME = "world"
@@ -55,6 +56,7 @@ NAME = "world"
 #: The default world as it comes with the package.
 SHIPPED = Path(__file__).parent / "bench" / "shipped_world"
 _SECOND_MOMENTS = "second_moments.safetensors"
+_MANIFEST = "manifest.json"
 
 _WORDINGS = {
     "birthplace": (
@@ -151,13 +153,13 @@ class Recipe:
 RECIPES = {
     NAME: Recipe(),
     "large-world": Recipe(
-        people=350, witnesses=700, development=200, inner=2048, vocabulary=1600, steps=2000, recall=0.98, samples=4000
+        people=350, witnesses=700, development=200, inner=2048, vocabulary=1600, steps=1800, recall=0.98, samples=4000
     ),
 }
 
 
 class WorldError(RuntimeError):
-    """The world's model was trained and does not know its facts."""
+    """A world cannot be made: its trained model does not know its facts, or its folder is another's."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,8 @@ def build(recipe: Recipe = Recipe(), quiet: bool = False) -> World:
         OSError: the cache folder cannot be written; ``KDPO_CACHE`` names another.
     """
     facts = _Facts(recipe)
-    hash = _hash(recipe, facts)
-    world = World(cache_folder() / f"gpt2-{NAME}-{hash}")
+    digest = _hash(recipe, facts)
+    world = World(cache_folder() / f"gpt2-{NAME}-{digest}")
     if world.folder.is_dir():
         return world
     world.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +240,7 @@ def build(recipe: Recipe = Recipe(), quiet: bool = False) -> World:
         finished = unfinished / NAME
         shutil.rmtree(finished, ignore_errors=True)
         unfinished.mkdir(exist_ok=True)
-        if hash == json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))["hash"]:
+        if digest == json.loads((SHIPPED / _MANIFEST).read_text(encoding="utf-8"))["hash"]:
             finished.mkdir()
             for file in SHIPPED.iterdir():
                 shutil.copyfile(file, finished / file.name)  # and not its mode, which may forbid to write
@@ -257,8 +259,10 @@ def ship(into: Path) -> World:
     """Train the default world anew, and write it as the package carries it: with second moments and a manifest.
 
     Raises:
-        WorldError, OSError: as :func:`build`; ``into`` is left as it is.
+        WorldError: the model does not recall the facts, or ``into`` holds something else. It is left as it is.
     """
+    if into.exists() and not (into / _MANIFEST).is_file():
+        raise WorldError(f"{into}: is there, and is no world of the package's; name a folder that is not there yet")
     recipe = RECIPES[NAME]
     facts = _Facts(recipe)
     into.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +272,7 @@ def ship(into: Path) -> World:
         _keep_second_moments(made, recipe)
         files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(made.folder.iterdir())}
         manifest = {"hash": _hash(recipe, facts), "recipe": asdict(recipe), "files": files}
-        _write_json(made.folder / "manifest.json", manifest)
+        _write_json(made.folder / _MANIFEST, manifest)
         shutil.rmtree(into, ignore_errors=True)
         made.folder.rename(into)
     return World(into)
@@ -285,7 +289,7 @@ def _alone(file: Path, quiet: bool) -> Iterator[None]:
     """For a block, this process alone holds a lock; another's end is waited for."""
     lock = FileLock(file)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=0)
     except Timeout:
         if not quiet:
             print("another process is building this world; waiting for it", file=sys.stderr)
@@ -591,65 +595,6 @@ class _Training:
         for optimizer, state in zip(self.optimizers, states):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return done
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al., 2024), as ``torch.optim.Muon``, which computes in bfloat16: this does not.
-
-    Args:
-        matrices: two-dimensional parameters.
-        lr: of a matrix that is not taller than wide; a taller one's is larger by the root of the ratio.
-        weight_decay: decoupled.
-        each: how to go over the matrices: ``map``, or that of an executor.
-        momentum: of the running mean of the gradients, with Nesterov's step ahead.
-    """
-
-    def __init__(
-        self,
-        matrices: Sequence[Tensor],
-        lr: float,
-        weight_decay: float,
-        each: Callable[..., Iterable[None]] = map,
-        momentum: float = 0.95,
-    ) -> None:
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.each = each
-        self.momentum = momentum
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                if not self.state[matrix]:
-                    self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-            list(self.each(self._step, group["params"], repeat(group["lr"]), repeat(group["weight_decay"])))
-
-    @torch.no_grad()
-    def _step(self, matrix: Tensor, lr: float, weight_decay: float) -> None:
-        gradient, mean = matrix.grad, self.state[matrix]["momentum"]
-        assert gradient is not None
-        step = orthogonalised(gradient.lerp(mean.lerp_(gradient, 1 - self.momentum), self.momentum))
-        rows, columns = matrix.shape
-        matrix.mul_(1 - lr * weight_decay).sub_(step, alpha=lr * max(1, rows / columns) ** 0.5)
-
-
-def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """A matrix with its singular values brought near 1 (to within 0.7 and 1.2, but the smallest), in its own dtype.
-
-    Newton and Schulz's iteration X ← (a + b XXᵀ + c (XXᵀ)²) X by the quintic of Jordan et al. All factors are polynomials of
-    the first XXᵀ and commute, so that the iterations take square matrices of the shorter side alone.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / wide.norm().clamp(min=1e-7)
-    gram = wide @ wide.T
-    product = torch.eye(len(gram), dtype=gram.dtype)
-    for _ in range(iterations):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal().add_(a)
-        product = factor @ product
-        gram = factor @ gram @ factor
-    wide = product @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
 def _batches(facts: _Facts, tok: GPT2TokenizerFast, recipe: Recipe) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, same_state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpo_easyedit import build_world, host, world
+from kdpo_easyedit import build_world, host, muon, world
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_training_is_deterministic_with_any_number_of_threads_and_leaves_that_nu
 def test_muon_is_torchs_but_for_its_rounding(shape):
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(start) for start in torch.randn(1, *shape).expand(2, -1, -1).clone())
-    optimizers = world.Muon([ours], 0.02, 0.1), torch.optim.Muon([theirs], 0.02, 0.1)
+    optimizers = muon.Muon([ours], 0.02, 0.1), torch.optim.Muon([theirs], 0.02, 0.1)
     for _ in range(3):
         ours.grad = theirs.grad = torch.randn(shape)
         for optimizer in optimizers:
@@ -203,10 +203,10 @@ def test_muon_is_torchs_but_for_its_rounding(shape):
 def test_a_matrix_is_made_orthogonal_in_float32():
     torch.manual_seed(0)
     matrix = torch.randn(64, 200)
-    found = world.orthogonalised(matrix)
+    found = muon.orthogonalised(matrix)
     values = torch.linalg.svdvals(found)
     assert found.dtype == torch.float32 and values.min() > 0.6 and values.max() < 1.3
-    torch.testing.assert_close(found, world.orthogonalised(matrix.double()).float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, muon.orthogonalised(matrix.double()).float(), atol=1e-5, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,6 +262,24 @@ def test_the_shipped_second_moments_are_the_models(shipped, shipped_model, tmp_p
     (file,) = tmp_path.rglob("*.npz")
     fresh = host.second_moment(file).float()
     torch.testing.assert_close(moments[name] / count, fresh, rtol=0, atol=1e-4 * float(fresh.abs().max()))
+
+
+def test_nothing_but_a_shipped_world_is_replaced(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(world.WorldError, match="no world of the package's"):
+        world.ship(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_the_command_writes_a_world_as_the_package_carries_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(world.RECIPES, world.NAME, replace(SMALL, steps=2, recall=0))
+    world.main(["build-world", "--into", str(tmp_path / "made")])
+    assert "recall" in capsys.readouterr().out
+    made = world.World(tmp_path / "made")
+    assert {path.name for path in made.folder.iterdir()} >= {path.name for path in world.SHIPPED.iterdir()}
+    moments, count = made.second_moments()
+    assert count > 0 and {tuple(moment.shape) for moment in moments.values()} == {(SMALL.inner, SMALL.inner)}
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_the_default_world_is_there_at_once_with_its_statistics(tmp_path, monkeypatch):
