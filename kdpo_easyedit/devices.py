@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 
 def device_name(value: Any) -> str:
     """A device as torch names it: a number, also as text, is that of a CUDA device; everything else names itself."""
@@ -14,6 +12,8 @@ def device_name(value: Any) -> str:
 
 def synchronize() -> None:
     """Wait until every device has done what it was told, so that a clock can be read."""
+    import torch  # here, so that a device's name can be had without it
+
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for number in range(torch.cuda.device_count()):
             torch.cuda.synchronize(number)

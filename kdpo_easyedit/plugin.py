@@ -22,9 +22,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import torch
-
 from .devices import device_name
 
 HOW_TO_GET_IT = (
@@ -102,6 +99,9 @@ def _globals_kept() -> Iterator[None]:
 
     It seeds all generators, hangs a handler on the root logger, and has CUDA wait for every kernel.
     """
+    import numpy as np
+    import torch
+
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     blocking, root = os.environ.get("CUDA_LAUNCH_BLOCKING"), logging.getLogger()
