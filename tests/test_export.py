@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -156,6 +157,21 @@ def test_the_whole_model_is_merged(file, fresh, tmp_path, requests):
         again, AutoTokenizer.from_pretrained(tmp_path / "merged"), requests[0]
     )
     assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+
+
+def test_edits_of_float32_are_merged_into_a_copy_where_that_is_asked_for(file, fresh, tmp_path, requests, capsys):
+    model, tok = fresh
+    copy.deepcopy(model).bfloat16().save_pretrained(tmp_path / "copy")
+    tok.save_pretrained(tmp_path / "copy")
+    arguments = ["export", str(file), "--merge", str(tmp_path / "merged"), "--model", str(tmp_path / "copy")]
+    assert main(arguments) == 2
+    assert "is a torch.bfloat16 copy of the original" in capsys.readouterr().err and not (tmp_path / "merged").exists()
+    assert main([*arguments, "--cast"]) == 0
+    assert "the whole model, bfloat16" in (said := capsys.readouterr().out)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    assert said.count("is not said") == sum(not says(merged, tok, request) for request in requests[:3]) < 3
+    assert all(says(merged, tok, request) for request in requests[:2])
 
 
 def test_what_cannot_be_exported_is_told_before_anything_is_written(file, fresh, tmp_path, capsys):

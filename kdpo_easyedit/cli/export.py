@@ -36,8 +36,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    from ..edits import read_header
     from ..edits.adapter import adapter_of, lost_edits, save_merged
-    from ..edits.base import load_base
+    from ..edits.base import load_base, says
 
     model, tok = load_base(options.edits, options.model, options.cast)
     if options.lora:
@@ -52,4 +53,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.merge:
         save_merged(model, tok, options.edits, options.merge, options.cast)
         print(f"{options.merge}: the whole model, {str(model.dtype).removeprefix('torch.')}")
+        for request in read_header(options.edits)["requests"]:
+            if not says(model, tok, request):
+                print(f"  is not said: {request['prompt']!r} → {request['target_new']!r}")
     return 0

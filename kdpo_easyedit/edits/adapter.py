@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..method.weights import Weights, read
-from .file import EditsError, apply_edits, edits_applied, read_header
+from ..method.weights import Weights
+from .base import says
+from .file import EditsError, apply_edits, changes_made, edits_applied, read_header
 
 #: Without a rank, the smallest whose relative error, ‖Δ − B A‖ / ‖Δ‖ in the Frobenius norm, is at most this.
 TOLERANCE = 1e-4
@@ -96,10 +97,7 @@ def adapter_of(model: PreTrainedModel, path: str | Path, rank: int | None = None
     """
     if rank is not None and rank < 1:
         raise EditsError(f"rank is {rank}; allowed: 1 or above")
-    before = {name: weight.cpu().clone() for name, weight in read(model, read_header(path)["weights"]).items()}
-    with edits_applied(model, path):
-        changes = {name: weight.cpu().double() - before[name].double() for name, weight in read(model, before).items()}
-    return _adapter(model, changes, rank)
+    return _adapter(model, changes_made(model, path), rank)
 
 
 def lost_edits(
@@ -109,8 +107,6 @@ def lost_edits(
 
     Says means by teacher forcing, :func:`.base.says`.
     """
-    from .base import says
-
     requests = read_header(path)["requests"]
     with edits_applied(model, path):
         edited = [says(model, tok, request) for request in requests]

@@ -44,14 +44,14 @@ def added(weight: Tensor, factors: Factors, sign: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class Residual:
-    """Bit patterns less what was computed, where they differ.
+    """Bit patterns less what was computed, where they differ; in integers as small as can hold them.
 
     Attributes:
-        at: the elements, counted through the rows; int32, or int64 where the weight has more than that can count.
-        by: the differences; integers as small as can hold them.
+        gaps: from one such element to the next, counted through the rows; the first one's from −1.
+        by: the differences.
     """
 
-    at: Tensor
+    gaps: Tensor
     by: Tensor
 
     @classmethod
@@ -59,17 +59,18 @@ class Residual:
         """What is to be added to a computed weight, for the true one."""
         difference = (bits(true) - bits(computed)).flatten()
         at = difference.nonzero().squeeze(1)
-        by = difference[at]
-        kinds = (torch.int8, torch.int16, torch.int32, torch.int64)
-        kind = next(kind for kind in kinds if torch.equal(by.to(kind).to(by.dtype), by))
-        return cls(at.to(torch.int32 if difference.numel() < 2**31 else torch.int64), by.to(kind))
+        return cls(_small(at.diff(prepend=at.new_tensor([-1]))), _small(difference[at]))
 
     def added_to(self, weight: Tensor, sign: int = 1) -> Tensor:
         """The weight with it, in place."""
         patterns = weight.view(_INTEGERS[weight.element_size()]).view(-1)
-        at = self.at.long()
+        at = self.gaps.cumsum(0, dtype=torch.int64) - 1
         patterns[at] = patterns[at] + sign * self.by.to(patterns.dtype)
         return weight
+
+
+def _small(numbers: Tensor) -> Tensor:
+    return numbers.to(next(kind for kind in _INTEGERS.values() if torch.equal(numbers.to(kind).to(numbers.dtype), numbers)))
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ class Changes:
         if only is None:
             return self.made.added_to(_with(before, self.factors))
         return _with(before, [pair for number, pair in enumerate(self.factors, 1) if number in only])
+
+    def sum(self) -> Tensor:
+        """Σ Δ, float64."""
+        pairs = [pair for pair in self.factors if pair]
+        left, right = torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs])
+        return left.double() @ right.double()
 
     def before(self, after: Tensor) -> Tensor:
         """The weight as it was."""

@@ -153,6 +153,22 @@ def edits_applied(
         write(model, originals)
 
 
+def changes_made(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """What a file's edits add to a model's weights, by name, as the model stores them: float64, on the CPU.
+
+    Where the file keeps low-rank changes, these are their sum, before it is rounded to the weights' dtype.
+
+    Raises:
+        EditsError: the model does not have the very weights that the edits were made on.
+    """
+    edits = _load(path)
+    weights = _weights(model, edits, "before")
+    return {
+        name: edits.changes[name].sum() if name in edits.changes else edits.after(name, weight).double() - weight.cpu().double()
+        for name, weight in weights.items()
+    }
+
+
 def remove_edit(path: str | Path, number: int, model: nn.Module) -> None:
     """Take one edit out of a file that keeps them one by one; the others' changes stay as they are.
 
@@ -375,7 +391,7 @@ def _tensors(changes: Mapping[str, Changes]) -> dict[str, Tensor]:
             if pair:
                 tensors[f"{number}:{name}:left"], tensors[f"{number}:{name}:right"] = pair
         for key, residual in (("made", its.made), ("lost", its.lost)):
-            tensors[f"{key}:{name}:at"], tensors[f"{key}:{name}:by"] = residual.at, residual.by
+            tensors[f"{key}:{name}:gaps"], tensors[f"{key}:{name}:by"] = residual.gaps, residual.by
     return tensors
 
 
@@ -415,5 +431,5 @@ def _load(path: str | Path) -> _Edits:
 
 def _changes(name: str, tensors: Mapping[str, Tensor], edits: int) -> Changes:
     pairs = [(tensors.get(f"{number}:{name}:left"), tensors.get(f"{number}:{name}:right")) for number in range(1, edits + 1)]
-    made, lost = (Residual(tensors[f"{key}:{name}:at"], tensors[f"{key}:{name}:by"]) for key in ("made", "lost"))
+    made, lost = (Residual(tensors[f"{key}:{name}:gaps"], tensors[f"{key}:{name}:by"]) for key in ("made", "lost"))
     return Changes([(left, right) if left is not None and right is not None else None for left, right in pairs], made, lost)
