@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import re
 
 import pytest
 import torch
-from conftest import REFERENCE, same_state, state
+from conftest import REFERENCE, ROOT, same_state, state
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kdpo_easyedit import EditsError, apply_edits, apply_kdpo_to_model, edits_applied, revert_edits, save_edits
@@ -199,3 +201,34 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(file, fresh,
     with pytest.raises(EditsError, match="made on 'some/model', which is no folder here; name the model with --model"):
         load_base(tmp_path / "elsewhere")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_page_on_serving_answers_as_both_in_one_batch(file, fresh, requests, tmp_path, monkeypatch):
+    """The page's own code, with the adapter of its own command."""
+    model, tok = fresh
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(code.splitlines()) <= 20
+    assert "kdpo export edits.safetensors --lora adapter\n" in page
+    assert main(["export", str(file), "--lora", str(tmp_path / "adapter")]) == 0
+    model.save_pretrained(tmp_path / "base")
+    tok.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page_on_serving.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    answers = importlib.import_module("page_on_serving").answers
+
+    asked = [(request["prompt"], edited) for request in requests[:3] for edited in (True, False)]
+    said = answers(asked)
+
+    def alone(prompt) -> str:
+        ids = tok(prompt, return_tensors="pt")
+        written = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=tok.eos_token_id)
+        return tok.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    with edits_applied(model, file):
+        edited = [alone(request["prompt"]) for request in requests[:3]]
+    original = [alone(request["prompt"]) for request in requests[:3]]
+    assert said[::2] == edited and said[1::2] == original
+    assert all(text.strip().startswith(request["target_new"]) for text, request in zip(edited, requests))
+    assert not any(text.strip().startswith(request["target_new"]) for text, request in zip(original, requests))
