@@ -18,6 +18,7 @@ from kdpo_easyedit.cli import apply as command
 from kdpo_easyedit.cli.main import main
 from kdpo_easyedit.edits import read_header
 from kdpo_easyedit.edits.base import says
+from kdpo_easyedit.edits.file import read_changes
 from kdpo_easyedit.edits.gate import Gate, Regression
 from kdpo_easyedit.method import kdpo
 
@@ -106,6 +107,10 @@ def test_a_list_is_kept_as_one_file_and_what_fails_is_told(folder, fresh, reques
     apply_edits(model, folder / "list.safetensors")
     assert [says(model, tok, request) for request in kept] == [rows[n]["in_the_end"] for n in (0, 1, 3, 4)]
     assert not same_state(before, state(model)) and rows[0]["rephrased"] in (0, 1) and rows[0]["locality"] is None
+    assert main(["edits", "remove", str(folder / "list.safetensors"), "2"]) == 0
+    assert len(read_changes(folder / "list.safetensors")) == 3
+    assert main(arguments(folder)) == 1 and "4 of 5 edits are kept" in capsys.readouterr().out  # as reported, not made again
+    assert len(read_changes(folder / "list.safetensors")) == 3
     files = ["aware.yaml", "list.csv", "list.safetensors", "list.safetensors.json", "prompts.csv"]
     assert sorted(path.name for path in folder.iterdir()) == files
 

@@ -88,6 +88,8 @@ class _Work:
     def __init__(
         self, file: Path, model: Any, tok: Any, hparams: Any, gate: Gate, prompts: list[str], edits: list[dict[str, Any]]
     ) -> None:
+        import torch
+
         from ..edits.gate import Regression
 
         self.file, self.report = file, file.with_name(file.name + ".json")
@@ -96,6 +98,9 @@ class _Work:
         settings = {"keep_if": gate.text, "edits": edits, "regression": prompts, "hparams": vars(hparams)}
         self.settings = json.loads(json.dumps(settings, default=str))
         self.rows: list[dict[str, Any]] = []
+        # KDPO+C's changes add up, and are kept one by one; those of a model in half precision are lost in its rounding.
+        one_by_one = hparams.mom2_adjustment and model.dtype == torch.float32
+        self.changes: list[dict[str, Any]] | None = [] if one_by_one else None
 
     @property
     def keys(self) -> Path:
@@ -106,12 +111,16 @@ class _Work:
         """From where it was stopped to the end. A row an edit."""
         from ..edits import apply_edits
         from ..edits.base import says
+        from ..edits.file import read_changes
         from ..method.weights import read
 
         originals = {name: w.clone() for name, w in read(self.model, self.hparams.edited_parameters(self.model)).items()}
         self._resume()
+        if self._is_complete():
+            return self.rows
         if any(row["kept"] for row in self.rows):
             apply_edits(self.model, self.file)
+            self.changes = None if self.changes is None else read_changes(self.file)
             self._protect()
         for edit in self.edits[len(self.rows) :]:
             self._try(edit, originals)
@@ -134,8 +143,11 @@ class _Work:
         self.rows = found["rows"]
         # The report is written first: an edit that is in it alone was about to be kept, and is made again.
         saved = len(read_header(self.file)["requests"]) if self.file.exists() else 0
-        if sum(row["kept"] for row in self.rows) > saved:
+        if sum(row["kept"] for row in self.rows) > saved and not self._is_complete():
             self.rows.pop()
+
+    def _is_complete(self) -> bool:
+        return bool(self.rows) and "in_the_end" in self.rows[-1]
 
     def _protect(self) -> None:
         """Go on with what KDPO+C knew of the edits that are kept."""
@@ -184,8 +196,24 @@ class _Work:
             if keys := protected_keys(self.model):
                 with whole(self.keys) as unfinished:
                     save_file({name: tensor.contiguous() for name, tensor in keys.items()}, unfinished)
-            save_edits(self.file, self.model, originals, [_request(its) for its in self.rows if its["kept"]], self.hparams)
+            if self.changes is not None:
+                self.changes.append(self._change(before, edit))
+            made = [_request(its) for its in self.rows if its["kept"]]
+            save_edits(self.file, self.model, originals, made, self.hparams, changes=self.changes)
             last_keys.unlink(missing_ok=True)
+
+    def _change(self, before: dict[str, Any], edit: dict[str, Any]) -> dict[str, Any]:
+        """What KDPO+C has added: of a rank of the edit's tokens at most."""
+        from ..edits.factors import best, spectrum
+        from ..method.preference import edit_tokens
+        from ..method.weights import read
+
+        rank = edit_tokens(self.tok, edit["prompt"], edit["answer"]).input_ids.shape[1]
+        found = {}
+        for name, weight in read(self.model, before).items():
+            change = weight.cpu().double() - before[name].cpu().double()
+            found[name] = best(change, spectrum(change)[1][:, :rank])
+        return found
 
     def _write_report(self) -> None:
         from ..files import json_text, whole
