@@ -227,11 +227,11 @@ def _request(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The model, its tokenizer and the method's hyper-parameters, with the statistics that it needs."""
+    """The model, its tokenizer and the method's hyper-parameters."""
     from ..easyedit.loading import in_place, load_model
-    from ..easyedit.statistics import prepare
     from ..edits import EditsError
     from ..method.config import KDPOHyperParams
+    from ..method.kdpo_c import usages
 
     (method, *more) = load_methods(options.editing_method or ["KDPO"], options)
     if more or not isinstance(method.hparams, KDPOHyperParams):
@@ -242,8 +242,10 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         method.hparams.model_name = options.model
     hparams = in_place(method.hparams)
     model, tok = load_model(hparams)
-    prepare(model, tok, [hparams], quiet=options.quiet)
-    return model.eval(), tok, hparams.for_model(model)
+    hparams = hparams.for_model(model)
+    if hparams.mom2_adjustment:
+        usages(model, tok, hparams)  # whose statistics may be missing
+    return model.eval(), tok, hparams
 
 
 def _read_list(path: Path) -> list[dict[str, Any]]:
