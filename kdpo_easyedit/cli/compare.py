@@ -26,7 +26,7 @@ examples:
   python run_kdpo.py report output hundred --metrics_save_dir both    (see report --help)
 """
 _NOT_BY_HAND = (
-    "sequential_edit", "eval_at", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text", "metrics_save_dir",
+    "sequential_edit", "eval_at", "orders", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text", "metrics_save_dir",
     "overwrite", "save_model", "metrics", "context", "no_fluency", "ability_text",
 )  # fmt: skip
 
@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="after how many sequential edits to measure all of them so far (default: powers of ten, and the end)",
+    )
+    what.add_argument(
+        "--orders",
+        type=int,
+        default=1,
+        metavar="K",
+        help="make the sequential edits in K orders, the given one and random ones by --seed: mean and spread (default: 1)",
     )
     what.add_argument(
         "--ablation",
@@ -121,7 +128,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from ..bench import datasets
     from ..bench.measuring import Measuring
     from ..bench.protocols import ablation, check, compare
-    from ..bench.schema import SEQUENTIAL, SINGLE
+    from ..bench.schema import SEQUENTIAL, SINGLE, in_order
     from ..easyedit.statistics import build_world
     from ..method.statistics import Text
     from ..models import world
@@ -139,7 +146,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         methods = ablation(methods[0].hparams)
     if not options.data_dir and not in_world:
         raise datasets.DatasetError("data_dir is missing: only the world brings edits of its own; name a benchmark file")
+    if options.orders > 1 and not (options.sequential_edit or options.ablation or in_world):
+        parser.error(f"--orders is {options.orders}, and single edits have no order; add --sequential_edit")
     protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
+    protocols += [in_order(number) for number in range(2, options.orders + 1)]
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
@@ -194,6 +204,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if options.ds_size is not None and options.ds_size < 1:
         parser.error(f"--ds_size is {options.ds_size}; allowed: a whole number, 1 or above")
+    if options.orders < 1:
+        parser.error(f"--orders is {options.orders}; allowed: a whole number, 1 or above")
     if min(options.eval_at or [1]) < 1:
         parser.error(f"--eval_at is {options.eval_at}; allowed: whole numbers, 1 or above")
     if options.ablation:
