@@ -26,7 +26,8 @@ examples:
   python run_kdpo.py report output hundred --metrics_save_dir both    (see report --help)
 """
 _NOT_BY_HAND = (
-    "sequential_edit", "eval_at", "orders", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text", "metrics_save_dir",
+    "sequential_edit", "eval_at", "orders", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text",
+    "metrics_save_dir",
     "overwrite", "save_model", "metrics", "context", "no_fluency", "ability_text",
 )  # fmt: skip
 
