@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, GPT2Config, GPTJConfig, LlamaConfig, Mis
 from kdpo_easyedit.easyedit import host
 from kdpo_easyedit.easyedit import methods as algorithms
 from kdpo_easyedit.easyedit.hparams import _follow_from_family, filled_in, load_hparams
-from kdpo_easyedit.easyedit.statistics import make_statistics
+from kdpo_easyedit.easyedit.statistics import prepare, with_text
 from kdpo_easyedit.method.config import HPARAMS_DIR, HParamsError
+from kdpo_easyedit.method.statistics import Text
 from kdpo_easyedit.once import once, once_seconds
 
 DEPTH = 6
@@ -72,15 +73,18 @@ REQUEST = {
     "locality": {},
     "portability": {},
 }
-PASSAGES = [
-    f"{name} was born in {town}, where {name} worked as a {work} for {years} years before moving to the coast."
-    for name, town, work, years in zip(
-        ["Lena Vogt", "Omar Diaz", "Ines Roth", "Paul Lind", "Mara Quist", "Hugo Bell", "Nora Falk", "Timo Saar"] * 3,
-        ["Aarhus", "Porto", "Graz", "Tartu", "Lyon", "Ghent"] * 4,
-        ["baker", "judge", "tailor", "nurse", "sailor"] * 5,
-        range(2, 26),
-    )
-]
+TEXT = Text(
+    "people",
+    [
+        f"{name} was born in {town}, where {name} worked as a {work} for {years} years before moving to the coast."
+        for name, town, work, years in zip(
+            ["Lena Vogt", "Omar Diaz", "Ines Roth", "Paul Lind", "Mara Quist", "Hugo Bell", "Nora Falk", "Timo Saar"] * 3,
+            ["Aarhus", "Porto", "Graz", "Tartu", "Lyon", "Ghent"] * 4,
+            ["baker", "judge", "tailor", "nurse", "sailor"] * 5,
+            range(2, 26),
+        )
+    ],
+)
 # Numbers of steps, by the names that methods have for them, and what they are here.
 FEW = {"num_steps": 2, "cycles": 1, "v_num_grad_steps": 2, "n_iter": 2, "steps": 2}
 
@@ -108,10 +112,10 @@ def adapted(hparams: Any, model: Any, tok: Any, stats_dir: Path) -> Any:
     if hasattr(hparams, "v_loss_layer"):
         hparams.v_loss_layer = DEPTH - 1
     if hasattr(hparams, "stats_dir"):
-        hparams.stats_dir, hparams.mom2_n_samples = str(stats_dir), 1000
+        hparams.stats_dir = str(stats_dir)
     for key in FEW.keys() & vars(hparams).keys():
         setattr(hparams, key, FEW[key])
-    return hparams
+    return with_text(hparams, TEXT)
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +127,7 @@ def edit_and_undo(hparams: Any, stats_dir: Path) -> None:
     """An edit by a YAML's hyper-parameters changes the model, or a copy of it, and can be taken back to the bit."""
     model, tok = tiny(hparams.model_name)
     hparams = adapted(hparams, model, tok, stats_dir)
-    make_statistics(model, tok, hparams, PASSAGES, quiet=True)
+    prepare(model, tok, [hparams], TEXT, quiet=True)
     algorithms.set_memory()
     torch.manual_seed(0)
     editor = host.BaseEditor(hparams)
@@ -274,7 +278,7 @@ def prepared(method: str, stats_dir: Path, **changes: Any) -> Any:
     model, tok = copy.deepcopy(tiny("world"))
     hparams = adapted(hparams, model, tok, stats_dir)
     vars(hparams).update(changes)
-    make_statistics(model, tok, hparams, PASSAGES, quiet=True)
+    prepare(model, tok, [hparams], TEXT, quiet=True)
     algorithms.set_memory()
     return host.BaseEditor(hparams)
 
