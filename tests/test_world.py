@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import replace
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, same_state
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpo_easyedit.models import world
+from kdpo_easyedit.cli.main import main
+from kdpo_easyedit.easyedit.statistics import build_world, statistics_file
+from kdpo_easyedit.method import statistics
+from kdpo_easyedit.models import muon, world
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +113,10 @@ def test_a_world_that_knows_too_little_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("KDPO_CACHE", str(tmp_path))
     with pytest.raises(world.WorldError, match="of its facts in all wordings"):
         world.build(replace(SMALL, steps=5), quiet=True)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_build_is_no_world(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -116,7 +124,47 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "_recall", interrupted)
     with pytest.raises(KeyboardInterrupt):
         world.build(replace(SMALL, steps=2), quiet=True)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("gpt2-world-*/"))
+
+
+def test_a_stopped_training_goes_on_and_ends_at_the_same_bits(tmp_path, monkeypatch):
+    recipe, took, step = replace(SMALL, steps=10, recall=0), [], world.Muon.step
+
+    def counted(self):
+        took.append(self)
+        if len(took) == stop_at:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(world, "_KEPT_EVERY", 4)
+    monkeypatch.setattr(world.Muon, "step", counted)
+    monkeypatch.setenv("KDPO_CACHE", str(tmp_path / "stopped"))
+    stop_at = 7
+    with pytest.raises(KeyboardInterrupt):
+        world.build(recipe, quiet=True)
+    took, stop_at = [], None
+    stopped = world.build(recipe, quiet=True)
+    assert len(took) == 10 - 4
+    assert not list((tmp_path / "stopped").glob("building-*"))
+
+    monkeypatch.setenv("KDPO_CACHE", str(tmp_path / "whole"))
+    whole = world.build(recipe, quiet=True)
+    assert (stopped.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+
+
+def test_of_several_that_want_a_world_one_trains_it(tmp_path, monkeypatch):
+    made = []
+
+    def make(facts, recipe, folder, *_):
+        made.append(folder)
+        time.sleep(0.3)
+        folder.mkdir()
+
+    monkeypatch.setenv("KDPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(world, "_make", make)
+    with ThreadPoolExecutor(3) as pool:
+        built = list(pool.map(world.build, [SMALL] * 3, [True] * 3))
+    assert len(made) == 1 and {one.folder for one in built} == {built[0].folder} and built[0].folder.is_dir()
 
 
 def test_building_leaves_the_callers_randomness_alone(monkeypatch, tmp_path):
@@ -128,12 +176,128 @@ def test_building_leaves_the_callers_randomness_alone(monkeypatch, tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_training_is_deterministic():
+def test_training_is_deterministic_with_any_number_of_threads_and_leaves_that_number_alone():
     facts = world._Facts(SMALL)
     tok = world._train_tokenizer(facts, SMALL)
-    with torch.random.fork_rng():
-        first, second = (world._train_model(facts, tok, replace(SMALL, steps=3), True).state_dict() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    before, states = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            states.append(world._train_model(facts, tok, replace(SMALL, steps=3), True).state_dict())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert same_state(*states)
+
+
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)], ids=str)
+def test_muon_is_torchs_but_for_its_rounding(shape):
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(start) for start in torch.randn(1, *shape).expand(2, -1, -1).clone())
+    optimizers = muon.Muon([ours], 0.02, 0.1), torch.optim.Muon([theirs], 0.02, 0.1)
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    # Torch computes in bfloat16, of eight bits; a step moves a weight by 0.005 or so.
+    torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=0)
+
+
+def test_a_matrix_is_made_orthogonal_in_float32():
+    torch.manual_seed(0)
+    matrix = torch.randn(64, 200)
+    found = muon.orthogonalised(matrix)
+    values = torch.linalg.svdvals(found)
+    assert found.dtype == torch.float32 and values.min() > 0.6 and values.max() < 1.3
+    torch.testing.assert_close(found, muon.orthogonalised(matrix.double()).float(), atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The world that comes with the package.
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return world.World(world.SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def shipped_model():
+    return AutoModelForCausalLM.from_pretrained(world.SHIPPED), AutoTokenizer.from_pretrained(world.SHIPPED)
+
+
+def test_what_is_shipped_is_what_its_manifest_says_and_of_todays_recipe():
+    recipe = world.RECIPES[world.NAME]
+    manifest = json.loads((world.SHIPPED / "manifest.json").read_text())
+    assert manifest["recipe"] == asdict(recipe)
+    assert manifest["hash"] == world._hash(recipe, world._Facts(recipe)), "run build-world anew"
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in world.SHIPPED.iterdir()}
+    files.pop("manifest.json")
+    assert files == manifest["files"]
+
+
+def test_the_shipped_texts_and_tokenizer_follow_from_the_recipe(tmp_path):
+    recipe = world.RECIPES[world.NAME]
+    facts = world._Facts(recipe)
+    world._write_texts(facts, recipe, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"edits.json", "development.json", "text.txt"}
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (world.SHIPPED / file.name).read_bytes()
+    # The layout of the file around them is tokenizers' own, and may change with its version.
+    made = json.loads(world._train_tokenizer(facts, recipe).backend_tokenizer.to_str())["model"]
+    kept = json.loads((world.SHIPPED / "tokenizer.json").read_text())["model"]
+    assert (made["vocab"], made["merges"]) == (kept["vocab"], kept["merges"])
+
+
+def test_the_shipped_model_knows_its_world(shipped, shipped_model):
+    facts, known = world._Facts(world.RECIPES[world.NAME]), json.loads((shipped.folder / "world.json").read_text())
+    recall = world._recall(*shipped_model, facts.recalled)
+    assert recall >= 0.99 and recall == pytest.approx(known["recall"], abs=1e-3)
+    assert all(tensor.dtype == torch.float32 for tensor in shipped_model[0].state_dict().values())
+
+
+def test_the_shipped_second_moments_are_the_models(shipped, shipped_model, tmp_path):
+    recipe = world.RECIPES[world.NAME]
+    moments = shipped.second_moments()
+    assert set(moments) == set(recipe.projections)
+    name = recipe.projections[1]
+    fresh = statistics.collect(*shipped_model, [name], shipped.passages()[: recipe.samples], quiet=True)[name]
+    assert moments[name].count == fresh.count
+    torch.testing.assert_close(moments[name].mean, fresh.mean, rtol=0, atol=1e-4 * float(fresh.mean.abs().max()))
+
+
+def test_nothing_but_a_shipped_world_is_replaced(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(world.WorldError, match="no world of the package's"):
+        world.ship(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_the_command_writes_a_world_as_the_package_carries_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(world.RECIPES, world.NAME, replace(SMALL, steps=2, recall=0))
+    assert main(["build-world", "--into", str(tmp_path / "made")]) == 0
+    assert "recall" in capsys.readouterr().out
+    made = world.World(tmp_path / "made")
+    assert {path.name for path in made.folder.iterdir()} >= {path.name for path in world.SHIPPED.iterdir()}
+    moments = made.second_moments().values()
+    assert {tuple(moment.total.shape) for moment in moments} == {(SMALL.inner, SMALL.inner)}
+    assert all(moment.count > 0 for moment in moments)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_the_default_world_is_there_at_once_with_its_statistics(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(world, "_make", None)  # would be called to train
+    monkeypatch.setattr(statistics, "collect", None)  # to take statistics
+    built = build_world()
+    moments = built.second_moments()
+    for name in world.RECIPES[world.NAME].projections:
+        file = statistics_file(built.statistics, str(built.folder), name, "world", 1000)
+        torch.testing.assert_close(statistics.second_moment(file), moments[name].mean)
+        with np.load(file, allow_pickle=False) as stored:
+            assert stored["mom2.mom2"].dtype == np.float32 and stored["sample_size"] == 1000
+            assert stored["mom2.constructor"].item().endswith("SecondMoment()")
+    assert not list(tmp_path.glob("building-*"))
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):

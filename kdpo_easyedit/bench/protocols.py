@@ -281,8 +281,7 @@ def _edit_one_by_one(
             progress.set_postfix_str(_running(journal.entries), refresh=False)
             progress.update()
     metrics = [
-        replace(entry, **{key: done.get(key) for key in ("time", "memory", "post", "error", "once")})
-        for entry, done in zip(before, journal.entries)
+        replace(entry, **{key: done.get(key) for key in (*_OF_EDIT, "post")}) for entry, done in zip(before, journal.entries)
     ]
     run.write(f"metrics-{name}-{SINGLE}.json", to_json(metrics))
     return summarise(name, SINGLE, metrics, "post")
@@ -304,6 +303,8 @@ def _examples(metrics: Sequence[EditMetrics], n: int = 3) -> list[Example]:
     ]
 
 
+# What the journals have of an edit, for its metrics.
+_OF_EDIT = ("time", "memory", "error", "once")
 # How many edits are measured together: enough to fill batches, few enough for the bar to move.
 _AT_ONCE = 32
 # The edited weights are on disk at every checkpoint, and after this many edits or seconds.
@@ -381,9 +382,7 @@ def _edit_in_sequence(
                             posts += measure_after(editor, edited, rest, seed, how)
                             measured.update(len(rest))
                     for entry, done, post in zip(before, journal.entries, posts):
-                        metrics.append(
-                            replace(entry, post=post, **{key: done.get(key) for key in ("time", "memory", "error", "once")})
-                        )
+                        metrics.append(replace(entry, post=post, **{key: done.get(key) for key in _OF_EDIT}))
                     run.write(file, to_json(metrics))
                 row = summarise(name, SEQUENTIAL, metrics, "post")
                 rows.append(row if ability is None else ability.added_to(row, edited, editor.tok))

@@ -1,7 +1,7 @@
 """What second moments cost: EasyEdit's ``layer_stats``, layer by layer, against this package's one pass, in one run.
 
-``python -m kdpo_easyedit.bench.statistics_benchmark MODEL`` takes both over the same passages and prints the seconds of
-this process's processor time, which other work on the machine does not stretch, their ratio, and how far the moments are from each other.
+``python -m kdpo_easyedit.bench.statistics_benchmark MODEL`` takes both over the same passages and prints the seconds of this
+process's processor time, which other work on the machine does not stretch, their ratio, and how far the moments differ.
 """
 
 from __future__ import annotations

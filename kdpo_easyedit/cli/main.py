@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "report": "runs side by side, as one page",
     "statistics": "the second moments that KDPO+C, ROME and MEMIT go by, from a text",
     "benchmark": "what an edit costs",
+    "build-world": "the world that comes with the package, made again",
 }
 
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 where something given is wrong, 130 where Ctrl-C stopped it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments.pop(0) if arguments[:1] and arguments[0] in SUBCOMMANDS else "compare"
-    subcommand = importlib.import_module(f".{name}", __package__)
+    subcommand = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     program = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(
         prog=f"{program} {name}" if name != "compare" else program,

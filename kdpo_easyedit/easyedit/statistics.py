@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..method.statistics import StatisticsError, Text, check, fingerprints, make, statistics_path
+from ..method.statistics import StatisticsError, Text, check, fingerprints, make, statistics_path, write
 from ..models import world
 from .host import IS_RELEASE, HostError, submodule
 from .hparams import filled_in
@@ -33,12 +33,19 @@ def build_world(recipe: world.Recipe = world.RECIPES[world.NAME], quiet: bool = 
         WorldError, OSError: as :func:`kdpo_easyedit.models.world.build`.
     """
     built = world.build(recipe, quiet)
-    names = [f"transformer.h.{layer}.mlp.c_proj" for layer in range(recipe.layers)]
-    files = [statistics_file(built.statistics, str(built.folder), name, world.NAME, recipe.samples) for name in names]
-    if not all(file.is_file() for file in files):
-        model = AutoModelForCausalLM.from_pretrained(built.folder)
+    folder, names = str(built.folder), recipe.projections
+    files = {name: statistics_file(built.statistics, folder, name, world.NAME, recipe.samples) for name in names}
+    if all(file.is_file() for file in files.values()):
+        return built
+    model, text = AutoModelForCausalLM.from_pretrained(built.folder), Text(world.NAME, built.passages()[: recipe.samples])
+    moments = built.second_moments()
+    if moments:
+        weights = fingerprints(model, names)
+        for name, file in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, moments[name], folder, name, weights[name], text, recipe.samples, "float32")
+    else:
         tok = AutoTokenizer.from_pretrained(built.folder)
-        text = Text(world.NAME, built.passages()[: recipe.samples])
         make(model, tok, names, text, built.statistics, dataset=world.NAME, release=IS_RELEASE, quiet=quiet)
     return built
 

@@ -1,8 +1,9 @@
 """The embedded default: a small GPT-2 that knows an invented world, with edits to make in it.
 
 Three hundred people, each born in a city, employed by a company and with a profession; cities lie in countries, companies
-in industries. Every fact is said in five wordings. The model is trained here, from a fixed seed, the first time it is
-asked for, and kept in the user's cache folder with a benchmark file in KnowEdit's layout and the text it was trained on.
+in industries. Every fact is said in five wordings. The default world comes with the package, and `build-world` makes it
+again; every other is trained here, from a fixed seed, the first time it is asked for. Either is kept in the user's cache
+folder, with a benchmark file in KnowEdit's layout and the text it was trained on.
 
 Each person has one fact that is never edited, so that locality has something to stand on, and what follows from a fact
 (the country of a birthplace, the industry of an employer) is only told of people whose fact is never edited: for all
@@ -14,23 +15,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast  # type: ignore[attr-defined]
+from transformers import (  # type: ignore[attr-defined]
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2TokenizerFast,
+)
+
+from ..files import whole
+from ..method.statistics import SecondMoment, collect
+from .muon import Muon
 
 #: The model's name in a YAML: ``model_name: world``; also what its statistics are named after.
 NAME = "world"
+
+#: The default world as it comes with the package.
+SHIPPED = Path(__file__).parent / "shipped_world"
+_SECOND_MOMENTS = "second_moments.safetensors"
+_MANIFEST = "manifest.json"
 
 _WORDINGS = {
     "birthplace": (
@@ -72,7 +97,11 @@ _PROFESSIONS = (
 ).split()
 
 # Counts the changes of how the model is trained, so that a cached one is built anew.
-_TRAINING = 1
+_TRAINING = 2
+# A batch is divided into so many shares, whose gradients are added in order, however many threads there are to compute them.
+_SHARES = 4
+# Steps after which a training is kept, to be taken up from there.
+_KEPT_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -113,18 +142,23 @@ class Recipe:
     recall: float = 0.99
     samples: int = 1000
 
+    @property
+    def projections(self) -> list[str]:
+        """The names of the MLPs' output projections, whose inputs have second moments."""
+        return [f"transformer.h.{layer}.mlp.c_proj" for layer in range(self.layers)]
+
 
 #: The worlds by their names. The large one has room for 500 edits at once, and takes some ten minutes to train.
 RECIPES = {
     NAME: Recipe(),
     "large-world": Recipe(
-        people=350, witnesses=700, development=200, inner=2048, vocabulary=1600, steps=2000, recall=0.98, samples=4000
+        people=350, witnesses=700, development=200, inner=2048, vocabulary=1600, steps=1800, recall=0.98, samples=4000
     ),
 }
 
 
 class WorldError(RuntimeError):
-    """The world's model was trained and does not know its facts."""
+    """A world cannot be made: its trained model does not know its facts, or its folder is another's."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +190,23 @@ class World:
         """The text the model was trained on, for covariance statistics."""
         return (self.folder / "text.txt").read_text(encoding="utf-8").splitlines()
 
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """Of what the projections are given, by their names; a world that does not come with the package brings none."""
+        file = self.folder / _SECOND_MOMENTS
+        if not file.is_file():
+            return {}
+        moments = {}
+        with safe_open(file, "pt") as stored:
+            count = int(stored.metadata()["count"])
+            for name in stored.keys():  # noqa: SIM118 - it is no dict
+                triangle = stored.get_tensor(name)
+                size = math.isqrt(2 * len(triangle))
+                upper = torch.ones(size, size, dtype=torch.bool).triu()
+                total = torch.zeros(size, size)
+                total[upper] = triangle
+                moments[name] = SecondMoment((total + total.triu(1).T).double(), count)
+        return moments
+
 
 def cache_folder() -> Path:
     """Where built worlds are kept: ``KDPO_CACHE``, or the user's cache folder."""
@@ -165,44 +216,124 @@ def cache_folder() -> Path:
 
 
 def build(recipe: Recipe = Recipe(), quiet: bool = False) -> World:
-    """The world of a recipe: the one in the cache, or a new one, which takes a minute or two.
+    """The world of a recipe: the one in the cache, the one that comes with the package, or a new one, which takes minutes.
+
+    A training that was stopped goes on where it was; of several processes that ask for a world one trains it.
 
     Raises:
         WorldError: the trained model does not recall the facts; nothing is kept.
         OSError: the cache folder cannot be written; ``KDPO_CACHE`` names another.
     """
     facts = _Facts(recipe)
-    contents = json.dumps([_TRAINING, asdict(recipe), facts.sentences, facts.edits])
-    world = World(cache_folder() / f"gpt2-{NAME}-{hashlib.sha256(contents.encode()).hexdigest()[:12]}")
+    digest = _hash(recipe, facts)
+    world = World(cache_folder() / f"gpt2-{NAME}-{digest}")
     if world.folder.is_dir():
         return world
-
     world.folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=world.folder.parent, prefix="building-") as unfinished:
-        folder = Path(unfinished) / NAME
-        tok = _train_tokenizer(facts, recipe)
-        with torch.random.fork_rng(devices=[]):
-            model = _train_model(facts, tok, recipe, quiet)
-        recall = _recall(model, tok, facts.recalled)
-        if recall < recipe.recall:
-            raise WorldError(
-                f"the trained model recalls {recall:.1%} of its facts in all wordings; {recipe.recall:.0%} are needed. "
-                "Nothing was kept. Please report this with your processor and versions; more training steps would help."
-            )
-        model.save_pretrained(folder)
-        tok.save_pretrained(folder)
-        test = len(facts.edits) - recipe.development
-        _write_json(folder / "edits.json", facts.edits[:test])
-        _write_json(folder / "development.json", facts.edits[test:])
-        known = {"recall": recall, "worked_out": _recall(model, tok, facts.untold)}
-        _write_json(folder / "world.json", {"recipe": asdict(recipe)} | known)
-        (folder / "text.txt").write_text("\n".join(facts.passages(random.Random(recipe.seed))), encoding="utf-8")
-        try:
-            folder.rename(world.folder)
-        except OSError:
-            if not world.folder.is_dir():  # else another process was faster
+    unfinished = world.folder.with_name(f"building-{world.folder.name}")
+    with _alone(world.folder.with_name(f"{world.folder.name}.lock"), quiet):
+        if world.folder.is_dir():
+            return world
+        finished = unfinished / NAME
+        shutil.rmtree(finished, ignore_errors=True)
+        unfinished.mkdir(exist_ok=True)
+        if digest == json.loads((SHIPPED / _MANIFEST).read_text(encoding="utf-8"))["hash"]:
+            finished.mkdir()
+            for file in SHIPPED.iterdir():
+                shutil.copyfile(file, finished / file.name)  # and not its mode, which may forbid to write
+        else:
+            try:
+                _make(facts, recipe, finished, quiet, unfinished / "training.safetensors")
+            except WorldError:
+                shutil.rmtree(unfinished)
                 raise
+        finished.rename(world.folder)
+        shutil.rmtree(unfinished)
     return world
+
+
+def ship(into: Path) -> World:
+    """Train the default world anew, and write it as the package carries it: with second moments and a manifest.
+
+    Raises:
+        WorldError: the model does not recall the facts, or ``into`` holds something else. It is left as it is.
+    """
+    if into.exists() and not (into / _MANIFEST).is_file():
+        raise WorldError(f"{into}: is there, and is no world of the package's; name a folder that is not there yet")
+    recipe = RECIPES[NAME]
+    facts = _Facts(recipe)
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into.parent, prefix="building-") as unfinished:
+        made = World(Path(unfinished) / NAME)
+        _make(facts, recipe, made.folder, quiet=False)
+        _keep_second_moments(made, recipe)
+        files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(made.folder.iterdir())}
+        manifest = {"hash": _hash(recipe, facts), "recipe": asdict(recipe), "files": files}
+        _write_json(made.folder / _MANIFEST, manifest)
+        shutil.rmtree(into, ignore_errors=True)
+        made.folder.rename(into)
+    return World(into)
+
+
+def _hash(recipe: Recipe, facts: _Facts) -> str:
+    """What tells a world from another: how it is trained, its recipe and all that follows from it but the model."""
+    contents = json.dumps([_TRAINING, asdict(recipe), facts.sentences, facts.edits])
+    return hashlib.sha256(contents.encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _alone(file: Path, quiet: bool) -> Iterator[None]:
+    """For a block, this process alone holds a lock; another's end is waited for."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not quiet:
+            print("another process is building this world; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(facts: _Facts, recipe: Recipe, folder: Path, quiet: bool, checkpoint: Path | None = None) -> None:
+    """Train a world's model, and write the world.
+
+    Raises:
+        WorldError: it does not recall the facts.
+    """
+    tok = _train_tokenizer(facts, recipe)
+    model = _train_model(facts, tok, recipe, quiet, checkpoint)
+    recall = _recall(model, tok, facts.recalled)
+    if recall < recipe.recall:
+        raise WorldError(
+            f"the trained model recalls {recall:.1%} of its facts in all wordings; {recipe.recall:.0%} are needed. "
+            "Nothing was kept. Please report this with your processor and versions; more training steps would help."
+        )
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    known = {"recall": recall, "worked_out": _recall(model, tok, facts.untold)}
+    _write_json(folder / "world.json", {"recipe": asdict(recipe)} | known)
+    _write_texts(facts, recipe, folder)
+
+
+def _write_texts(facts: _Facts, recipe: Recipe, folder: Path) -> None:
+    test = len(facts.edits) - recipe.development
+    _write_json(folder / "edits.json", facts.edits[:test])
+    _write_json(folder / "development.json", facts.edits[test:])
+    (folder / "text.txt").write_text("\n".join(facts.passages(random.Random(recipe.seed))), encoding="utf-8")
+
+
+def _keep_second_moments(world: World, recipe: Recipe) -> None:
+    """Second moments of every layer, of which each half says the same: 2 MB a layer, where EasyEdit writes 4."""
+    model, tok = (auto.from_pretrained(world.folder) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    triangles, counts = {}, set()
+    for name, moment in collect(model, tok, recipe.projections, world.passages()[: recipe.samples], quiet=True).items():
+        triangles[name] = moment.total.float()[torch.ones_like(moment.total, dtype=torch.bool).triu()]
+        counts.add(moment.count)
+    (count,) = counts
+    save_file(triangles, world.folder / _SECOND_MOMENTS, {"count": str(count)})
 
 
 class _Facts:
@@ -329,9 +460,7 @@ def _train_tokenizer(facts: _Facts, recipe: Recipe) -> GPT2TokenizerFast:
     return GPT2TokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end, pad_token=end)
 
 
-def _train_model(facts: _Facts, tok: GPT2TokenizerFast, recipe: Recipe, quiet: bool) -> GPT2LMHeadModel:
-    torch.manual_seed(recipe.seed)
-    end = tok.eos_token_id
+def _new_model(tok: GPT2TokenizerFast, recipe: Recipe) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=len(tok),
         n_positions=256,
@@ -342,35 +471,121 @@ def _train_model(facts: _Facts, tok: GPT2TokenizerFast, recipe: Recipe, quiet: b
         resid_pdrop=0,
         embd_pdrop=0,
         attn_pdrop=0,
-        bos_token_id=end,
-        eos_token_id=end,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one pass over memory instead of eight
+        bos_token_id=tok.eos_token_id,
+        eos_token_id=tok.eos_token_id,
     )
-    model = GPT2LMHeadModel(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return GPT2LMHeadModel(config)
+
+
+def _train_model(
+    facts: _Facts, tok: GPT2TokenizerFast, recipe: Recipe, quiet: bool, checkpoint: Path | None = None
+) -> GPT2LMHeadModel:
+    """A model that was told all facts.
+
+    The weights are the same to the bit with however many threads, and after however many interruptions.
+
+    Args:
+        checkpoint: where the training is kept as far as it is, and where it is taken up from.
+    """
+    model = _new_model(tok, recipe)
+    parameters = list(model.parameters())
     # Muon learns these facts in a third of the steps that AdamW needs.
-    matrices = [p for name, p in model.transformer.h.named_parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers = (
-        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.matrix_decay),
-        torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
-    )
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], recipe.steps, pct_start=0.1, cycle_momentum=False)
-        for o in optimizers
-    ]
-    batches = _batches(facts, tok, recipe)
-    bar = tqdm(range(recipe.steps), desc="training the world's model", unit="step", disable=quiet)
-    for _ in bar:
-        input_ids = next(batches)
-        logits = model(input_ids=input_ids).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), ignore_index=end)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    others = [p for p in parameters if not any(p is m for m in matrices)]
+
+    def gradients(rows: Tensor, counted: int) -> tuple[Tensor, ...]:
+        logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+        targets = rows[:, 1:].flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=tok.eos_token_id, reduction="sum") / counted
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+    with _workers() as workers:
+        training = _Training(
+            model,
+            (
+                Muon(matrices, recipe.matrix_lr, recipe.matrix_decay, workers.map),
+                torch.optim.AdamW(others, recipe.other_lr, betas=(0.9, 0.95), weight_decay=0, fused=True),
+            ),
+        )
+        peaks = (recipe.matrix_lr, recipe.other_lr)
+        done = training.take_up(checkpoint) if checkpoint else 0
+        bar = tqdm(total=recipe.steps, initial=done, desc="training the world's model", unit="step", disable=quiet)
+        with bar:
+            for step, rows in zip(range(done, recipe.steps), islice(_batches(facts, tok, recipe), done, None)):
+                counted = int((rows[:, 1:] != tok.eos_token_id).sum())
+                parts = workers.map(gradients, rows.chunk(_SHARES), repeat(counted))
+                loss, *total = (sum(values[1:], values[0]) for values in zip(*parts))
+                for parameter, gradient in zip(parameters, total):
+                    parameter.grad = gradient
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                for optimizer, peak in zip(training.optimizers, peaks):
+                    optimizer.param_groups[0]["lr"] = peak * _rate(step / max(1, recipe.steps - 1))
+                    optimizer.step()
+                bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+                bar.update()
+                if checkpoint and (step + 1) % _KEPT_EVERY == 0:
+                    training.keep(checkpoint, step + 1)
     return model.eval()
+
+
+def _rate(done: float, warm_up: float = 0.1) -> float:
+    """The share of the peak learning rate after a share of the steps: up from 1/25, then down to nothing, by cosines."""
+    if done < warm_up:
+        return 1 - 0.96 * (1 + math.cos(math.pi * done / warm_up)) / 2
+    return (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up))) / 2
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """For a block, threads that a batch's parts are divided among, as many as torch may use, each computing alone.
+
+    Torch's own threads wait for one another by spinning, for microseconds on a free processor and for milliseconds where
+    another process wants the core; these wait asleep.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(_SHARES, before), "world", torch.set_num_threads, (1,)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What changes while a model is trained: it is kept as a file, with the number of steps that it took."""
+
+    model: GPT2LMHeadModel
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]
+
+    def keep(self, file: Path, done: int) -> None:
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        for which, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{which}.{index}.{name}": tensor for name, tensor in state.items()}
+        with whole(file) as unfinished:
+            save_file(tensors, unfinished, {"done": str(done)})
+
+    def take_up(self, file: Path) -> int:
+        """How many steps were done; none where there is no such file."""
+        if not file.is_file():
+            return 0
+        with safe_open(file, "pt") as kept:
+            done = int(kept.metadata()["done"])
+            tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 - it is no dict
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors.pop(f"model.{name}"))
+        states: tuple[dict[int, dict[str, Tensor]], ...] = ({}, {})
+        for name, tensor in tensors.items():
+            which, index, part = name.split(".")
+            states[int(which)].setdefault(int(index), {})[part] = tensor
+        for optimizer, state in zip(self.optimizers, states):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return done
 
 
 def _batches(facts: _Facts, tok: GPT2TokenizerFast, recipe: Recipe) -> Iterator[Tensor]:

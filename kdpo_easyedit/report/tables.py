@@ -61,7 +61,7 @@ NOTES = (
     "The mean is of the four forced shares.",
     "Ordinary text: held-out text that no edit is about; KL from the unedited model. Of sequences only.",
     "fluency: n-gram entropy. (before): the unedited model on the same prompts.",
-    "once: what a method makes for the model and keeps (contexts, covariances, factors), over the whole run; no edit's seconds.",
+    "once: what a method makes for the model and keeps (contexts, covariances, factors), in the whole run; no edit's seconds.",
     "MB: the most memory that an edit takes beyond what was taken before it; the median over the edits.",
 )
 
