@@ -86,7 +86,7 @@ TEXT = Text(
     ],
 )
 # Numbers of steps, by the names that methods have for them, and what they are here.
-FEW = {"num_steps": 2, "cycles": 1, "v_num_grad_steps": 2, "n_iter": 2, "steps": 2}
+FEW = {"num_steps": 2, "cycles": 1, "v_num_grad_steps": 2, "n_iter": 2}
 
 YAMLS = sorted(HPARAMS_DIR.glob("*/*.yaml"))
 
@@ -225,6 +225,33 @@ def test_module_names_that_are_left_out_are_those_of_easyedits_yamls(path):
             assert depends or model.get_submodule(found).weight is model.get_submodule(expected).weight
         else:
             assert found.removesuffix(".weight") == expected.removesuffix(".weight")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in easyedits_yamls()
+        if path.parent.name in ("LoRA", "MEMIT-FE", "SPHERE", "KN") and path.stem.startswith(tuple(OF)) and not of_images(path)
+    ],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_easyedits_yamls_of_methods_that_have_none_here_make_an_edit(path, stats_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hparams = load_easyedits(path)
+    if hparams.alg_name == "LoRA":
+        pytest.importorskip("peft")
+    hparams.model_name, hparams.model_parallel = next(name for start, name in OF.items() if path.stem.startswith(start)), False
+    edit_and_undo(hparams, stats_dir)
+
+
+@pytest.mark.skipif(not easyedits_yamls(), reason="for a clone of EasyEdit's main branch")
+def test_a_chat_template_that_is_not_there_is_told_before_an_edit():
+    (path,) = (path for path in easyedits_yamls() if path.match("WISE/llama3-8b.yaml"))
+    hparams = load_easyedits(path)
+    hparams.model_name, hparams.device = tiny("meta-llama/"), "cpu"
+    with pytest.raises(host.HostError, match="use_chat_template is true, and the model's tokenizer has no chat template"):
+        host.BaseEditor(hparams)
 
 
 @pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
