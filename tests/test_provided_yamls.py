@@ -245,6 +245,29 @@ def test_easyedits_yamls_of_methods_that_have_none_here_make_an_edit(path, stats
     edit_and_undo(hparams, stats_dir)
 
 
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+@pytest.mark.parametrize("context", ["", "context: all\nctx_num: 6\n"])
+def test_core_for_which_there_is_no_yaml_anywhere_makes_an_edit(stats_dir, tmp_path, monkeypatch, context):
+    monkeypatch.chdir(tmp_path)
+    memit = (HPARAMS_DIR / "MEMIT" / "world.yaml").read_text()
+    (tmp_path / "core.yaml").write_text(memit.replace('"MEMIT"', '"CORE"') + context)
+    edit_and_undo(load_hparams("CORE", tmp_path / "core.yaml"), stats_dir)
+
+
+@pytest.mark.skipif(not easyedits_yamls(), reason="for a clone of EasyEdit's main branch")
+def test_kn_that_fails_leaves_the_model_as_it_was(stats_dir, fail_at, tmp_path, monkeypatch):
+    """While its scores are summed up, layers are replaced and hooks are on."""
+    monkeypatch.chdir(tmp_path)
+    (path,) = (path for path in easyedits_yamls() if path.match("KN/gpt2-xl.yaml"))
+    model, tok = copy.deepcopy(tiny("world"))
+    editor = host.BaseEditor(adapted(load_easyedits(path), model, tok, stats_dir))
+    before, others = state(model), everything(model)
+    fail_at(torch.autograd, "grad", 2)
+    with pytest.raises(Injected):
+        algorithms.apply_edit(editor, model, REQUEST)
+    assert same_state(before, state(model)) and everything(model) == others
+
+
 @pytest.mark.skipif(not easyedits_yamls(), reason="for a clone of EasyEdit's main branch")
 def test_a_chat_template_that_is_not_there_is_told_before_an_edit():
     (path,) = (path for path in easyedits_yamls() if path.match("WISE/llama3-8b.yaml"))
