@@ -114,6 +114,8 @@ def mend_loading() -> None:
             if not getattr(hparams, "model_parallel", False) and not hasattr(self.model, "hf_device_map"):
                 check_device(hparams.device)
                 self.model.to(torch.device(device_name(hparams.device)))
+        if getattr(hparams, "use_chat_template", False) and not self.tok.chat_template:
+            raise HostError("use_chat_template is true, and the model's tokenizer has no chat template; allowed: false")
         self.tok.padding_side = "right" if hparams.alg_name in _PAD_RIGHT else "left"
         if getattr(hparams, "model_parallel", False):
             hparams.device = str(self.model.device)
