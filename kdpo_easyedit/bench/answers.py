@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 
-import regex
+import regex  # type: ignore[import-untyped]
 
 
 def answers(text: str, target: str) -> bool:
@@ -127,4 +127,4 @@ def _joined(text: str, unit: regex.Match[str], after: regex.Match[str] | None) -
         return first.islower() or (before.isdigit() and first.isdigit())
     if gap in (":", ","):
         return before.isdigit() and first.isdigit()
-    return _JOINING.fullmatch(gap) is not None and "symbols" != after.lastgroup
+    return _JOINING.fullmatch(gap) is not None and after.lastgroup != "symbols"

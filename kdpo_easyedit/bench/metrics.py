@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..preference import edit_tokens
-from .batches import Batching, context_length, in_batches, logits_at, network, prompt_tokens, running
+from .batches import BY_DEVICE, Batching, in_batches, logits_at, network, prompt_tokens, running
 from .writing import write_on
 
 Metrics = dict[str, Any]
@@ -63,7 +63,7 @@ def measure(
     fluency: bool = True,
     old_answers: bool = False,
     seed: int = 0,
-    batching: Batching = Batching(),
+    batching: Batching = BY_DEVICE,
 ) -> list[Metrics]:
     """The metrics of every request, in the structure of EasyEdit's ``compute_edit_quality``.
 
@@ -146,9 +146,7 @@ def _asked(request: Request, old_answers: bool) -> dict[tuple[str, str], list[tu
     return asked
 
 
-def teacher_forced(
-    model: Any, tok: Any, pairs: Sequence[tuple[str, str]], batching: Batching = Batching()
-) -> list[Said]:
+def teacher_forced(model: Any, tok: Any, pairs: Sequence[tuple[str, str]], batching: Batching = BY_DEVICE) -> list[Said]:
     """What a model says of answers to prompts.
 
     Args:
@@ -233,7 +231,7 @@ def harmonic_score(shares: Sequence[float]) -> float:
 
 
 def written_for_fluency(
-    model: Any, tok: Any, prompts: Sequence[str], seed: int = 0, batching: Batching = Batching()
+    model: Any, tok: Any, prompts: Sequence[str], seed: int = 0, batching: Batching = BY_DEVICE
 ) -> list[str]:
     """What a model writes after each prompt: :data:`FLUENCY_TOKENS` new tokens, or as many as it has room for.
 
@@ -251,7 +249,8 @@ def written_for_fluency(
 
     written = write_on(model, ids, [FLUENCY_TOKENS] * len(ids), draw, lambda _row, _tokens: False, batching)
     return [
-        unicodedata.normalize("NFKD", tok.decode(text.tokens, skip_special_tokens=True)).replace("\n\n", " ") for text in written
+        unicodedata.normalize("NFKD", tok.decode(text.tokens, skip_special_tokens=True)).replace("\n\n", " ")
+        for text in written
     ]
 
 

@@ -73,8 +73,8 @@ def benchmark_metrics(
     """
     requests = [_joined_alike(request) for request in load_requests(data, size=size)]
     tok = AutoTokenizer.from_pretrained(folder)
-    model = _random_1b(len(tok)) if shape_1b else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = model.to(device).eval()
+    model: Any = _random_1b(len(tok)) if shape_1b else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(torch.device(device)).eval()
     tok.pad_token, tok.padding_side = tok.pad_token or tok.eos_token, "left"
     settings = SimpleNamespace(alg_name="KDPO", max_length=40, device=device)
     editor = SimpleNamespace(hparams=settings, tok=tok, model_name=host.ModelName(str(folder), model.config.model_type))
@@ -105,10 +105,17 @@ def _joined_alike(request: Request) -> Request:
 
 
 def _random_1b(vocabulary: int) -> Any:
-    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=vocabulary, **shape, **heads))
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config)
 
 
 def _timed(function: Callable[[bool], list[Metrics]], fluency: bool) -> tuple[float, list[Metrics]]:
