@@ -9,6 +9,7 @@ import torch
 from conftest import REFERENCE
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, GenerationConfig
 
+from kdpo_easyedit.bench import writing
 from kdpo_easyedit.bench.answers import answers, exact
 from kdpo_easyedit.bench.batches import Batching, MetricsError
 from kdpo_easyedit.bench.writing import _end, write_answers, write_on
@@ -157,12 +158,13 @@ PROMPTS = [[5, 6, 7], [9], list(range(20, 45)), [300, 301, 302, 303]]
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "gemma2", "gemma3"])
-def test_greedy_writing_is_the_models_own_whatever_else_is_in_the_batch(shape):
+def test_greedy_writing_is_the_models_own_whatever_else_is_in_the_batch(shape, monkeypatch):
+    monkeypatch.setattr(writing._Roomy, "ROOM", 8)  # so that it runs out more than once
     model = of_shape(shape)
     plain = copy.deepcopy(model)
     plain.generation_config = GenerationConfig(do_sample=False)
     expected = [
-        plain.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=80, pad_token_id=0)[
+        plain.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=30, pad_token_id=0)[
             0, len(ids) :
         ].tolist()
         for ids in PROMPTS
@@ -171,11 +173,11 @@ def test_greedy_writing_is_the_models_own_whatever_else_is_in_the_batch(shape):
     model.generation_config = GenerationConfig(do_sample=True, repetition_penalty=9.0, forced_eos_token_id=3, min_new_tokens=5)
     greedy = [lambda _rows, _step, logits: logits.argmax(-1)] * 2
     for choose, batching in zip(greedy, (Batching(), Batching(rows=1))):
-        written = write_on(model, PROMPTS, [80] * 4, choose, lambda *_: False, batching)
+        written = write_on(model, PROMPTS, [30] * 4, choose, lambda *_: False, batching)
         assert [text.tokens for text in written] == expected and not any(text.ended for text in written)
     # Texts leave the batch at different times.
-    written = write_on(model, PROMPTS, [80, 3, 70, 9], greedy[0], lambda number, tokens: number == 2 and len(tokens) == 12)
-    assert [text.tokens for text in written] == [ids[:n] for ids, n in zip(expected, (80, 3, 12, 9))]
+    written = write_on(model, PROMPTS, [30, 3, 25, 9], greedy[0], lambda number, tokens: number == 2 and len(tokens) == 12)
+    assert [text.tokens for text in written] == [ids[:n] for ids, n in zip(expected, (30, 3, 12, 9))]
     assert [text.ended for text in written] == [False, False, True, False]
 
 
