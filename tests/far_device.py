@@ -118,7 +118,9 @@ def place(model: torch.nn.Module, index_of: Any) -> None:
             for key, tensor in kept.items():
                 if tensor is not None:
                     moved = Far(tensor.detach(), index)
-                    kept[key] = torch.nn.Parameter(moved, requires_grad=tensor.requires_grad) if kept is module._parameters else moved
+                    kept[key] = (
+                        torch.nn.Parameter(moved, requires_grad=tensor.requires_grad) if kept is module._parameters else moved
+                    )
         module.forward = _moving(module.forward, index)
     model.forward = _moving(model.forward, index_of(""), back=True)
 

@@ -191,7 +191,7 @@ def write_statistics(file, moment) -> None:
     ("moment", "message"),
     [
         (None, "there are no such statistics"),
-        (np.eye(3, dtype=np.float32), r"\[3, 3\], and transformer.h.3.mlp.c_proj.weight needs \[256, 256\]"),
+        (np.eye(3, dtype=np.float32), r"\[3, 3\], and transformer.h.3.mlp.c_proj needs \[256, 256\]"),
         (-np.eye(256, dtype=np.float32), "not positive semidefinite"),
         (np.full((256, 256), np.nan, dtype=np.float32), "not finite"),
         ("text", "not a file of EasyEdit's statistics"),
