@@ -1,0 +1,1 @@
+"""The bench: data, measuring and protocols."""
