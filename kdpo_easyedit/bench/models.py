@@ -16,7 +16,7 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -140,12 +140,13 @@ def _dequantised(path: Path, folder: Path, wheel: Wheel | None = None) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
-    # Releases without GgufConfig always dequantise.
-    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    dense: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # releases without it always dequantise
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        tok = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, **dense, dtype=torch.float32)
+        tok = AutoTokenizer.from_pretrained(path.parent, **source)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, **source, **dense, dtype=torch.float32)
     except Exception as error:  # whatever its parts raise for a file, or an architecture, that they do not know
         raise ModelError(f"{path}: transformers {transformers.__version__} cannot read it: {error}") from error
     if hasattr(model.config, "quantization_config"):

@@ -105,7 +105,8 @@ def _greedy(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    return model.generate(
+    generate: Any = model.generate
+    return generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=_LENGTH, do_sample=False, pad_token_id=model.config.eos_token_id
     )[:, length:]
 
@@ -282,18 +283,22 @@ class _Composer:
         return [self._ask(name, self.rng.choice(untouched[name])) for name in self.rng.sample(far, min(2, len(far)))]
 
     def _portability(self, name: str, subject: str, new: str, edited: set[str]) -> list[dict[str, Any]]:
-        relation, questions = self.relations[name], []
+        relation, capitals = self.relations[name], self.relations["capital"].truth
+        questions = []
         for follow in relation.follows:
             by = self.relations[follow["by"]].truth if "by" in follow else {answer: answer for answer in relation.answers}
             old, answer = by.get(relation.truth[subject]), by.get(new)
-            passed = {new} | {self.relations["capital"].truth.get(subject, "") if "{capital}" in follow["wording"] else ""}
-            prompt = _following(follow["wording"], subject, self.relations)
-            if prompt is None or answer is None or old is None or answer == old or passed & edited:
+            passed = {new}
+            if "{capital}" in follow["wording"]:
+                if subject not in self.known["capital"]:
+                    continue
+                passed.add(capitals[subject])
+            if old is None or answer is None or old == answer or passed & edited:
                 continue
-            others = [s for s in self.known[name] if relation.truth[s] == new]
-            said = [_following(follow["wording"], other, self.relations) for other in others]
-            said = [p for p in said if p is not None and says(self.written[p], answer)]
-            if said and not says(self.written[prompt], answer):
+            asked = {s: _following(follow["wording"], s, self.relations) for s in self.known[name]}
+            said = [p for s, p in asked.items() if p and relation.truth[s] == new and says(self.written[p], answer)]
+            prompt = asked[subject]
+            if said and prompt and not says(self.written[prompt], answer):
                 form = self.written[said[0]].strip()[: len(answer)]
                 questions.append({"prompt": prompt, "ground_truth": [form], "said": said[0]})
         return questions

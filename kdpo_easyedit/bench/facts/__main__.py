@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +31,7 @@ def main() -> int:
     tok = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(args.device).eval()
 
-    def ask(prompts):
+    def ask(prompts: Iterable[str]) -> dict[str, str]:
         with tqdm(desc="prompts", unit="") as bar:
 
             def progress(done: int, total: int) -> None:
