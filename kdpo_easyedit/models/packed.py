@@ -23,7 +23,7 @@ import transformers
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..world import cache_folder
+from .world import cache_folder
 
 LOG = logging.getLogger(__name__)
 
