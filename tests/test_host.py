@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import easyeditor
@@ -82,8 +83,9 @@ def test_sequential_edits_accumulate(hparams, requests):
     copied = copy.deepcopy(editor.model)
     accumulating = {"sequential_edit": True} if on_main() else {}
     editor.edit(**arguments(requests[:2]), **accumulating)
+    in_sequence = replace(hparams, model_name="copied", sequential_edit=True)
     for request in requests[:2]:
-        kdpo_easyedit.apply_kdpo_to_model(copied, editor.tok, [request], hparams)
+        kdpo_easyedit.apply_kdpo_to_model(copied, editor.tok, [request], in_sequence)
     assert same_state(state(copied), state(editor.model))
 
 
