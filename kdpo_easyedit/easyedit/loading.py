@@ -143,7 +143,7 @@ def _is_causal(hparams: Any) -> bool:
 
 
 def in_place(hparams: Any) -> Any:
-    """A copy of ``hparams`` that means the same in whatever folder it is used: paths are absolute, models without a hub there."""
+    """A copy of ``hparams`` that means the same in whatever folder it is used: paths are absolute, packed models unpacked."""
     hparams = _found(hparams)
     if isinstance(hparams.model_name, str) and Path(hparams.model_name).is_dir():
         hparams.model_name = str(Path(hparams.model_name).resolve())
