@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit import datasets
 from kdpo_easyedit.bench import facts
-from kdpo_easyedit.bench.facts import FILES, load_known, said, says
+from kdpo_easyedit.bench.facts import FILES, claims, load_known, says
 from kdpo_easyedit.bench.models import MODELS, model_folder
 
 WHEEL = MODELS[facts.MODEL]
@@ -88,10 +88,10 @@ def test_what_an_edit_is():
 def test_what_the_model_said():
     """All that the records claim of it is in what they record."""
     for record in ALL:
-        claims = said(record)
-        assert all(prompt in record["written"] for some in claims.values() for prompt, _ in some)
+        claimed = claims(record)
+        assert all(prompt in record["written"] for some in claimed.values() for prompt, _ in some)
         for kind in ("edit", "new answer", "locality", "portability"):
-            for prompt, answer in claims[kind]:
+            for prompt, answer in claimed[kind]:
                 assert answer is None or says(record["written"][prompt], answer)
         for item in asked(record, "portability"):
             assert not says(record["written"][item["prompt"]], item["ground_truth"][0])
@@ -121,10 +121,8 @@ def test_questions_of_locality_are_true_after_all_edits():
                 for item in items:
                     name, subject, answer = facts_of[item["prompt"]]
                     assert (
-                        (says(item["ground_truth"][0], answer)
-                        and answer.casefold() != record["target_new"].casefold())
-                        or kind != "Neighborhood"
-                    )
+                        says(item["ground_truth"][0], answer) and answer.casefold() != record["target_new"].casefold()
+                    ) or kind != "Neighborhood"
                     assert says(item["ground_truth"][0], answer)
                     if kind == "Relation_Specificity":
                         assert subject == plain(record["subject"]) and name in RELATIONS[record["relation"]].leaves
