@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit.bench import datasets, facts
-from kdpo_easyedit.bench.facts import FILES, load_known, said, says
+from kdpo_easyedit.bench.facts import FILES, claims, load_known, says
 from kdpo_easyedit.models.packed import MODELS, model_folder
 
 WHEEL = MODELS[facts.MODEL]
@@ -87,10 +87,10 @@ def test_what_an_edit_is():
 def test_what_the_model_said():
     """All that the records claim of it is in what they record."""
     for record in ALL:
-        claims = said(record)
-        assert all(prompt in record["written"] for some in claims.values() for prompt, _ in some)
+        claimed = claims(record)
+        assert all(prompt in record["written"] for some in claimed.values() for prompt, _ in some)
         for kind in ("edit", "new answer", "locality", "portability"):
-            for prompt, answer in claims[kind]:
+            for prompt, answer in claimed[kind]:
                 assert answer is None or says(record["written"][prompt], answer)
         for item in asked(record, "portability"):
             assert not says(record["written"][item["prompt"]], item["ground_truth"][0])

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Relation:
     """A relation of ``known.json``.
 
     Attributes:
-        split: the file its edits are in.
+        split: the file its edits are in; ``asked`` where it is never edited.
         about: the kind of its subjects.
         wordings: ``{}`` stands for the subject.
         answers: true answer → its subjects.
@@ -149,7 +150,12 @@ Known = dict[str, dict[str, dict[str, str]]]
 
 def _known(relations: dict[str, Relation], write: Write) -> Known:
     """Relation → subject → prompt → answer as it is said, of facts that the model knows."""
-    facts = [(name, subject, answer) for name, relation in relations.items() for subject, answer in relation.truth.items()]
+    facts = [
+        (name, subject, answer)
+        for name, relation in relations.items()
+        for subject, answer in relation.truth.items()
+        if not _holds(subject, answer)
+    ]
     known: Known = {name: {} for name in relations}
     # What is not known in one of two wordings is not asked for in more.
     for wordings in (slice(2), slice(2, None)):
@@ -240,8 +246,7 @@ class _Composer:
         if not new_answers:
             return None
         portability = {new: self._portability(name, subject, new, edited) for new in new_answers}
-        best = min(2, max(map(len, portability.values())))
-        usable = [new for new in new_answers if len(portability[new]) >= best]
+        usable = [new for new in new_answers if portability[new]] or list(new_answers)
         new = min(self.rng.sample(usable, len(usable)), key=lambda new: used[name, new])
         used[name, new] += 1
 
@@ -297,11 +302,17 @@ class _Composer:
                 continue
             asked = {s: _following(follow["wording"], s, self.relations) for s in self.known[name]}
             said = [p for s, p in asked.items() if p and relation.truth[s] == new and says(self.written[p], answer)]
+            said = [p for p in said if not _holds(p, answer)]
             prompt = asked[subject]
             if said and prompt and not says(self.written[prompt], answer):
                 form = self.written[said[0]].strip()[: len(answer)]
                 questions.append({"prompt": prompt, "ground_truth": [form], "said": said[0]})
         return questions
+
+
+def _holds(text: str, answer: str) -> bool:
+    """Whether an answer stands in a text as a word: to repeat it is not to know it."""
+    return re.search(rf"\b{re.escape(answer)}\b", text, re.IGNORECASE) is not None
 
 
 def _prompt(wording: str, subject: str, **values: str) -> str:
@@ -319,11 +330,11 @@ def _following(wording: str, subject: str, relations: dict[str, Relation]) -> st
 
 def _prompts(record: dict[str, Any]) -> list[str]:
     return [
-        prompt for kind in ("edit", "unrelated", "new answer", "locality", "portability") for prompt, _ in said(record)[kind]
+        prompt for kind in ("edit", "unrelated", "new answer", "locality", "portability") for prompt, _ in claims(record)[kind]
     ]
 
 
-def said(record: dict[str, Any]) -> dict[str, list[tuple[str, str | None]]]:
+def claims(record: dict[str, Any]) -> dict[str, list[tuple[str, str | None]]]:
     """All that a record claims the model says, as prompts and answers, by kind; the answer is None where it claims none."""
     truth = record["ground_truth"][0]
     *rephrased, before = record["rephrase_prompt"]
@@ -347,7 +358,7 @@ def check(records: list[dict[str, Any]], write: Write) -> dict[str, tuple[int, i
     written = write({prompt for record in records for prompt in record["written"]})
     counts: dict[str, Counter[bool]] = defaultdict(Counter)
     for record in records:
-        for kind, claims in said(record).items():
-            counts[kind].update(says(written[prompt], answer) for prompt, answer in claims if answer is not None)
+        for kind, claimed in claims(record).items():
+            counts[kind].update(says(written[prompt], answer) for prompt, answer in claimed if answer is not None)
         counts["written"].update(written[prompt] == text for prompt, text in record["written"].items())
     return {kind: (count[True], count.total()) for kind, count in counts.items()}
