@@ -1,12 +1,13 @@
-"""A device that is not the CPU, for tests: as many of it as are asked for, each with memory of its own, and no float64.
+"""A device that is not the CPU, for tests: with memory of its own, and without float64.
 
-Numbers lie on the CPU, in tensors that say that they are elsewhere. Under :class:`Devices` an operation on tensors of two
-devices fails, as CUDA's do, and one that takes or makes float64 fails, as Metal's do. This registers the device with torch for
-the whole process: it belongs in a process of its own.
+Its numbers lie on the CPU, in tensors that say that they are elsewhere. Under :class:`FarDevice` an operation on tensors here
+and there fails, as CUDA's do, and one that takes or makes float64 there fails, as Metal's do. Importing this registers the
+device with torch for the whole process: it belongs in a process of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,99 +21,88 @@ _ACROSS = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.d
 
 
 class Far(torch.Tensor):
-    """A tensor on ``far:index``."""
+    """A tensor on the far device."""
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, index: int) -> Far:
+    def __new__(cls, inner: torch.Tensor) -> Far:
+        if inner.dtype == torch.float64:
+            raise TypeError("the far device has no float64")
         return torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=f"far:{index}",
+            device="far:0",
         )
 
-    def __init__(self, inner: torch.Tensor, index: int) -> None:
-        if inner.dtype == torch.float64:
-            raise TypeError("far devices have no float64")
-        self.inner, self.index = inner, index
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
 
     def __repr__(self, **_: Any) -> str:
-        return f"Far({self.inner!r}, {self.index})"
+        return f"Far({self.inner!r})"
+
+    def tolist(self) -> Any:
+        return self.inner.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return run(func, args, kwargs or {})
+        return _run(func, args, kwargs or {})
 
 
-class Devices(TorchDispatchMode):
-    """Runs what there is to run on far devices; operations that make tensors come here alone."""
+class FarDevice(TorchDispatchMode):
+    """For a block, runs what there is to run on the far device; operations that make tensors come here alone."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return run(func, args, kwargs or {})
+        return _run(func, args, kwargs or {})
 
 
-def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    far = [t for t in given if isinstance(t, Far)]
-    device = kwargs.get("device")
-    if not far and (device is None or torch.device(device).type != "far"):
-        return func(*args, **kwargs)
+    device, in_place = kwargs.get("device"), func is aten.copy_.default
     if device is not None:
-        wanted = torch.device(device)
+        far = torch.device(device).type == "far"
         kwargs = {**kwargs, "device": torch.device("cpu")}
-        index = (wanted.index or 0) if wanted.type == "far" else None
     else:
-        index = args[0].index if func is aten.copy_.default and isinstance(args[0], Far) else far[0].index
-    if func is aten.copy_.default and not isinstance(args[0], Far):
-        index = None
-    if func not in _ACROSS:
-        here = {t.device for t in given if t.dim() or isinstance(t, Far)}
-        if len(here) > 1:
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {sorted(map(str, here))}")
+        far = isinstance(args[0], Far) if in_place else any(isinstance(t, Far) for t in given)
+    if (
+        func not in _ACROSS
+        and any(isinstance(t, Far) for t in given)
+        and any(t.dim() and not isinstance(t, Far) for t in given)
+    ):
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device")
 
     def inner(t: Any) -> Any:
         return t.inner if isinstance(t, Far) else t
 
-    def outer(t: Any) -> Any:
-        if not isinstance(t, torch.Tensor) or index is None:
-            return t
-        return Far(t, index)
-
     result = func(*pytree.tree_map(inner, args), **pytree.tree_map(inner, kwargs))
-    if func._schema.name.endswith("_") and not func._schema.name.endswith("__"):
+    if result is None:  # of operations on lists
+        return None
+    if in_place or (func._schema.name.endswith("_") and not func._schema.name.endswith("__")):
         return args[0]
-    if "out" in kwargs and kwargs["out"] is not None:
+    if kwargs.get("out") is not None:
         return kwargs["out"]
-    return pytree.tree_map(outer, result)
+    return pytree.tree_map(lambda t: Far(t) if far and isinstance(t, torch.Tensor) else t, result)
 
 
+# What torch makes without asking a mode, as torch.tensor does.
 _LIBRARY = torch.library.Library("aten", "IMPL")
+_LIBRARY.impl("empty.memory_format", lambda size, dtype=None, **_: Far(torch.empty(size, dtype=dtype)), "PrivateUse1")
+_LIBRARY.impl(
+    "empty_strided", lambda size, stride, dtype=None, **_: Far(torch.empty_strided(size, stride, dtype=dtype)), "PrivateUse1"
+)
+_LIBRARY.impl("_copy_from", lambda source, target, *_: _run(aten.copy_.default, (target, source), {}), "PrivateUse1")
 
 
-def _made(function: Any) -> Any:
-    """For what torch makes without asking a mode, as ``torch.tensor`` does."""
-
-    def make(size: Any, *args: Any, device: Any = None, dtype: Any = None, **_: Any) -> Far:
-        strides = [a for a in args if isinstance(a, (list, tuple))]
-        return Far(function(size, *strides, dtype=dtype), torch.device(device).index or 0)
-
-    return make
-
-
-_LIBRARY.impl("empty.memory_format", _made(torch.empty), "PrivateUse1")
-_LIBRARY.impl("empty_strided", _made(torch.empty_strided), "PrivateUse1")
-
-
-def place(model: torch.nn.Module, index_of: Any) -> None:
-    """Spread a model over far devices, as accelerate does: what a module is given is moved to where its weights are.
+def spread(model: torch.nn.Module, is_far: Callable[[str], bool]) -> None:
+    """Spread a model over the far device and the CPU as accelerate does: what a module is given is moved to its weights.
 
     Args:
         model: of transformers.
-        index_of: a module's name → the index of its device.
+        is_far: whether the module of a name is on the far device; the model as a whole gives its logits where ``""`` is.
     """
     for name, module in model.named_modules():
+<<<<<<< HEAD
         index = index_of(name)
         for kept in (module._parameters, module._buffers):
             for key, tensor in kept.items():
@@ -123,16 +113,27 @@ def place(model: torch.nn.Module, index_of: Any) -> None:
                     )
         module.forward = _moving(module.forward, index)
     model.forward = _moving(model.forward, index_of(""), back=True)
+=======
+        if is_far(name):
+            for kept in (module._parameters, module._buffers):
+                kept.update({key: _far(tensor) for key, tensor in kept.items() if tensor is not None})
+        module.forward = _moving(module.forward, "far:0" if is_far(name) else "cpu", is_model=module is model)
+>>>>>>> method
 
 
-def _moving(forward: Any, index: int, back: bool = False) -> Any:
-    def to(device: str, values: Any) -> Any:
+def _far(tensor: torch.Tensor) -> Far:
+    far = Far(tensor.detach())
+    return torch.nn.Parameter(far, requires_grad=tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else far
+
+
+def _moving(forward: Callable[..., Any], device: str, is_model: bool) -> Callable[..., Any]:
+    def to_it(values: Any) -> Any:
         return pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, values)
 
     def moved(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*to(f"far:{index}", args), **to(f"far:{index}", kwargs))
-        if back:
-            output.logits = output.logits.to(f"far:{index}")
+        output = forward(*to_it(args), **to_it(kwargs))
+        if is_model:
+            output.logits = output.logits.to(device)
         return output
 
     return moved
