@@ -102,23 +102,10 @@ def spread(model: torch.nn.Module, is_far: Callable[[str], bool]) -> None:
         is_far: whether the module of a name is on the far device; the model as a whole gives its logits where ``""`` is.
     """
     for name, module in model.named_modules():
-<<<<<<< HEAD
-        index = index_of(name)
-        for kept in (module._parameters, module._buffers):
-            for key, tensor in kept.items():
-                if tensor is not None:
-                    moved = Far(tensor.detach(), index)
-                    kept[key] = (
-                        torch.nn.Parameter(moved, requires_grad=tensor.requires_grad) if kept is module._parameters else moved
-                    )
-        module.forward = _moving(module.forward, index)
-    model.forward = _moving(model.forward, index_of(""), back=True)
-=======
         if is_far(name):
             for kept in (module._parameters, module._buffers):
                 kept.update({key: _far(tensor) for key, tensor in kept.items() if tensor is not None})
         module.forward = _moving(module.forward, "far:0" if is_far(name) else "cpu", is_model=module is model)
->>>>>>> method
 
 
 def _far(tensor: torch.Tensor) -> Far:

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import easyeditor
@@ -83,13 +82,7 @@ def test_sequential_edits_accumulate(hparams, requests):
     copied = copy.deepcopy(editor.model)
     accumulating = {"sequential_edit": True} if on_main() else {}
     editor.edit(**arguments(requests[:2]), **accumulating)
-<<<<<<< HEAD
-    in_sequence = replace(hparams, model_name="copied", sequential_edit=True)
-    for request in requests[:2]:
-        kdpo_easyedit.apply_kdpo_to_model(copied, editor.tok, [request], in_sequence)
-=======
     kdpo_easyedit.apply_kdpo_to_model(copied, editor.tok, requests[:2], hparams)  # which are known to follow one another too
->>>>>>> method
     assert same_state(state(copied), state(editor.model))
 
 
