@@ -87,7 +87,7 @@ def write(
     tok: PreTrainedTokenizerBase,
     prompts: Iterable[str],
     batch: int = 64,
-    progress: Callable[[int, int], None] = lambda done, all: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, str]:
     """What a model writes greedily after each prompt, :data:`_LENGTH` tokens, up to the line's end."""
     tokens = {prompt: tok(prompt).input_ids for prompt in prompts}
@@ -207,7 +207,7 @@ class _Composer:
         used: Counter[tuple[str, str]] = Counter()
         records = []
         for subject, name in edited.items():
-            record = self._edit(name, subject, mine[name], untouched, set(edited), used)
+            record = self._edit(name, subject, mine[name], untouched, edited, used)
             if record is not None:
                 records.append(record)
         self.rng.shuffle(records)
@@ -235,7 +235,7 @@ class _Composer:
         subject: str,
         others: list[str],
         untouched: dict[str, list[str]],
-        edited: set[str],
+        edited: dict[str, str],
         used: Counter[tuple[str, str]],
     ) -> dict[str, Any] | None:
         relation, truth = self.relations[name], self.relations[name].truth
@@ -246,7 +246,8 @@ class _Composer:
         if not new_answers:
             return None
         portability = {new: self._portability(name, subject, new, edited) for new in new_answers}
-        usable = [new for new in new_answers if portability[new]] or list(new_answers)
+        # One from which something follows, but none of them over and over.
+        usable = [new for new in new_answers if portability[new] and used[name, new] < 2] or list(new_answers)
         new = min(self.rng.sample(usable, len(usable)), key=lambda new: used[name, new])
         used[name, new] += 1
 
@@ -287,18 +288,15 @@ class _Composer:
         far = [name for name, some in untouched.items() if some and self.relations[name].about != about]
         return [self._ask(name, self.rng.choice(untouched[name])) for name in self.rng.sample(far, min(2, len(far)))]
 
-    def _portability(self, name: str, subject: str, new: str, edited: set[str]) -> list[dict[str, Any]]:
+    def _portability(self, name: str, subject: str, new: str, edited: dict[str, str]) -> list[dict[str, Any]]:
         relation, capitals = self.relations[name], self.relations["capital"].truth
         questions = []
         for follow in relation.follows:
             by = self.relations[follow["by"]].truth if "by" in follow else {answer: answer for answer in relation.answers}
             old, answer = by.get(relation.truth[subject]), by.get(new)
-            passed = {new}
-            if "{capital}" in follow["wording"]:
-                if subject not in self.known["capital"]:
-                    continue
-                passed.add(capitals[subject])
-            if old is None or answer is None or old == answer or passed & edited:
+            if "{capital}" in follow["wording"] and (subject not in self.known["capital"] or capitals[subject] in edited):
+                continue
+            if old is None or answer is None or old == answer or edited.get(new) == follow.get("by", name):
                 continue
             asked = {s: _following(follow["wording"], s, self.relations) for s in self.known[name]}
             said = [p for s, p in asked.items() if p and relation.truth[s] == new and says(self.written[p], answer)]
@@ -329,9 +327,7 @@ def _following(wording: str, subject: str, relations: dict[str, Relation]) -> st
 
 
 def _prompts(record: dict[str, Any]) -> list[str]:
-    return [
-        prompt for kind in ("edit", "unrelated", "new answer", "locality", "portability") for prompt, _ in claims(record)[kind]
-    ]
+    return [prompt for claimed in claims(record).values() for prompt, _ in claimed]
 
 
 def claims(record: dict[str, Any]) -> dict[str, list[tuple[str, str | None]]]:
