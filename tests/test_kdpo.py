@@ -9,6 +9,8 @@ import torch
 from conftest import interrupt_second_write, same_state, state
 
 from kdpo_easyedit import HParamsError, apply_kdpo_to_model, execute_kdpo
+from kdpo_easyedit.method.contexts import contexts
+from kdpo_easyedit.method.preference import edit_tokens
 from kdpo_easyedit.method.weights import write
 
 
@@ -19,6 +21,15 @@ def says(model, tok, request) -> bool:
     with torch.no_grad():
         best = model(text).logits[0].argmax(-1)
     return torch.equal(best[prompt.shape[1] - 1 : -1], text[0, prompt.shape[1] :])
+
+
+def least_lead(model, tok, prompt, target) -> float:
+    """By how many logits the target leads the runner-up, where it does least, by a plain forward pass."""
+    edit = edit_tokens(tok, prompt, target)
+    with torch.no_grad():
+        logits = model(edit.input_ids).logits[0, edit.prompt_length - 1 : -1]
+    of_target = logits.gather(-1, edit.targets.unsqueeze(-1))
+    return (of_target - logits.scatter(-1, edit.targets.unsqueeze(-1), -1e9).amax(-1, keepdim=True)).min().item()
 
 
 def test_an_edit_takes_and_changes_w_alone(fresh, requests, hparams):
@@ -222,3 +233,56 @@ def test_negatives_that_are_not_online_are_generated_once(loaded, requests, hpar
         renewed += any(later != online.negatives[0] for later in online.negatives[1:])
         kept += len(once.losses) > 2
     assert renewed and kept
+
+
+def test_an_edit_goes_on_to_the_margin(fresh, requests, hparams):
+    model, tok = fresh
+    request = requests[0]
+    _, plain = execute_kdpo(model, tok, request, hparams)
+    _, trace = execute_kdpo(model, tok, request, replace(hparams, margin=12))
+    assert plain.lead is None and plain.ended == "the target is said"
+    assert trace.ended == "the target leads by the margin" and trace.lead >= 12 and trace.steps > plain.steps
+    targets = edit_tokens(tok, request["prompt"], request["target_new"]).targets.tolist()
+    first, *_, last = trace.negatives
+    assert first == plain.negatives[0] and last == targets  # the runner-up no longer counts
+    traces = []
+    apply_kdpo_to_model(model, tok, [request], replace(hparams, margin=12), traces=traces)
+    assert least_lead(model, tok, request["prompt"], request["target_new"]) == pytest.approx(traces[0].lead, abs=1e-3)
+    # What is said already, but not by so much, is learnt too; what is, costs nothing.
+    _, again = execute_kdpo(model, tok, request, replace(hparams, margin=30))
+    assert again.token_accuracy[0] == 1 and again.steps > 0 and again.lead >= 30
+    assert execute_kdpo(model, tok, request, replace(hparams, margin=12))[1].steps == 0
+
+
+def test_a_margin_that_is_not_reached_is_told(loaded, requests, hparams):
+    _, trace = execute_kdpo(*loaded, requests[0], replace(hparams, margin=500, cycles=1))
+    assert trace.ended == "all cycles are used" and trace.final_token_accuracy == 1 and trace.lead < 500
+
+
+def test_the_models_texts_are_written_once(fresh):
+    model, tok = fresh
+    written = contexts(model, tok, 4)
+    assert len(set(written)) == 4 and contexts(model, tok, 0) == [] and contexts(model, tok, 4) is written
+    assert all(len(tok(text)["input_ids"]) > 5 for text in written)
+
+
+def test_an_edit_holds_in_its_contexts(fresh, requests, hparams):
+    model, tok = fresh
+    request, traces = requests[0], []
+    apply_kdpo_to_model(model, tok, [request], replace(hparams, margin=3, contexts=3), traces=traces)
+    assert traces[0].ended == "the target leads by the margin"
+    prompts = [request["prompt"], *(f"{text}. {request['prompt']}" for text in contexts(model, tok, 3))]
+    leads = [least_lead(model, tok, prompt, request["target_new"]) for prompt in prompts]
+    assert min(leads) == pytest.approx(traces[0].lead, abs=1e-3) and min(leads) >= 3 - 1e-3
+    assert len(traces[0].negatives[0]) == len(edit_tokens(tok, request["prompt"], request["target_new"]).targets)
+
+
+@pytest.mark.parametrize(("key", "value"), [("margin", 3.0), ("contexts", 2)])
+def test_what_the_ablation_does_not_have_is_refused(hparams, key, value):
+    with pytest.raises(HParamsError, match=f"{key} is {value}; allowed with negatives: autoregressive"):
+        replace(hparams, negatives="autoregressive", **{key: value})
+
+
+def test_positions_are_those_of_the_adjusted_method(hparams):
+    with pytest.raises(HParamsError, match="positions is 'subject'; allowed without mom2_adjustment: 'all'"):
+        replace(hparams, positions="subject")

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdpo_easyedit import HParamsError, KDPOHyperParams, apply_kdpo_to_model, execute_kdpo
 from kdpo_easyedit.easyedit.statistics import statistics_file
 from kdpo_easyedit.method import kdpo_c
+from kdpo_easyedit.method.contexts import contexts
 from kdpo_easyedit.method.kdpo_c import Usage
-from kdpo_easyedit.method.preference import edit_tokens, pair_margin
+from kdpo_easyedit.method.preference import edit_tokens, pair_margin, subject_span, tokens_of
 from kdpo_easyedit.method.statistics import Text, make, second_moment
 
 WEIGHT = "transformer.h.3.mlp.c_proj.weight"
@@ -217,3 +218,58 @@ def test_wrong_statistics_are_told_before_the_model_is_touched(fresh, requests, 
 def test_what_does_not_go_together_is_refused(aware, key, value):
     with pytest.raises(HParamsError, match=re.escape(f"{key} is {value!r}; allowed with mom2_adjustment")):
         replace(aware, **{key: value})
+
+
+def test_the_change_is_built_from_the_subjects_last_token_alone(fresh, requests, aware, statistics):
+    """One key k, so that Δ is an outer product, along k S on the input's side."""
+    model, tok = fresh
+    request, name = requests[0], WEIGHT.replace("h.3", "h.1")
+    file = statistics_file(statistics.parents[2], model.config.name_or_path, name.removesuffix(".weight"), "world", 1000)
+    inputs = []
+    hook = model.transformer.h[1].mlp.c_proj.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].detach()))
+    model(tok(request["prompt"], return_tensors="pt")["input_ids"])
+    hook.remove()
+    last = tokens_of(tok, request["prompt"], *subject_span(request))[-1]
+    key = inputs[0][0, last]
+    aware = replace(aware, layers=[1], positions="subject_last", margin=4, cycles=40)
+    weights, trace = execute_kdpo(model, tok, request, aware)
+    assert trace.ended == "the target leads by the margin"
+    change = (weights[name] - model.get_parameter(name)).double()  # a Conv1D's: [in, out]
+    sizes = torch.linalg.svdvals(change)
+    assert sizes[1] < 1e-4 * sizes[0]
+    moment = second_moment(file)
+    along = dense(moment, aware.mom2_damping, moment[:0], 0) @ key.double()
+    left = torch.linalg.svd(change).U[:, 0]
+    assert torch.nn.functional.cosine_similarity(left, along, dim=0).abs() > 0.9999
+
+
+@pytest.mark.parametrize(("positions", "contexts_"), [("all", 2), ("subject", 2), ("subject_last", 0), ("subject_last", 3)])
+def test_an_edit_from_few_positions_holds_in_the_whole_model(fresh, requests, aware, positions, contexts_):
+    model, tok = fresh
+    request, traces = requests[0], []
+    aware = replace(aware, layers=[1], positions=positions, margin=4, contexts=contexts_, cycles=40)
+    apply_kdpo_to_model(model, tok, [request], aware, traces=traces)
+    assert traces[0].ended == "the target leads by the margin"
+    name = WEIGHT.replace("h.3", "h.1")
+    texts = ["", *(f"{text}. " for text in contexts(model, tok, contexts_))]
+    rows = 0
+    for text in texts:
+        prompt, (start, end) = text + request["prompt"], subject_span(request)
+        edit = edit_tokens(tok, prompt, request["target_new"])
+        with torch.no_grad():
+            logits = model(edit.input_ids).logits[0, edit.prompt_length - 1 : -1]
+        assert torch.equal(logits.argmax(-1), edit.targets)
+        if positions == "all":
+            rows += len(tokens_of(tok, f"{prompt} {request['target_new']}", len(text), 10**6)) - 1
+        else:
+            rows += 1 if positions == "subject_last" else len(tokens_of(tok, prompt, len(text) + start, len(text) + end))
+    assert len(kdpo_c.protected_keys(model)[name]) == rows
+
+
+def test_a_request_without_its_subject_is_told_before_the_model_is_touched(fresh, requests, aware):
+    model, tok = fresh
+    before = state(model)
+    without = {key: value for key, value in requests[1].items() if key != "subject"}
+    with pytest.raises(ValueError, match="subject is None, and has to stand in its prompt"):
+        apply_kdpo_to_model(model, tok, [requests[0], without], replace(aware, positions="subject_last"))
+    assert same_state(before, state(model))

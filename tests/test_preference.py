@@ -15,8 +15,11 @@ from kdpo_easyedit.method.preference import (
     edit_tokens,
     pair_margin,
     preference_loss,
+    runners_up,
     sequence_margin,
+    subject_span,
     teacher_forced_negatives,
+    tokens_of,
 )
 
 
@@ -95,3 +98,25 @@ def test_loss_is_log_2_at_the_reference_and_falls_with_the_margin():
 
 def test_negatives_are_what_is_most_likely():
     assert teacher_forced_negatives(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])).tolist() == [1, 0]
+
+
+def test_runners_up_and_the_lead_over_them():
+    logits = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 2.5, 1.0]], [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]])
+    tokens, leads = runners_up(logits, torch.tensor([1, 1]))
+    assert tokens.tolist() == [[2, 0], [2, 2]] and leads.tolist() == [[1, -0.5], [-1, -1]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_subject_is_found_among_the_tokens(kind):
+    tok = AutoTokenizer.from_pretrained(REFERENCE / kind)
+    prompt = "Gutel Tazili, said Gutel Tazili, was born in"
+    start, end = subject_span({"prompt": prompt, "subject": " Gutel Tazili"})
+    assert prompt[start:end] == "Gutel Tazili" and start == 19
+    ids = tok(prompt)["input_ids"]
+    assert tok.decode([ids[place] for place in tokens_of(tok, prompt, start, end)]).strip() == "Gutel Tazili"
+
+
+@pytest.mark.parametrize("subject", [None, "", "Gutel Tazili"])
+def test_a_subject_that_is_not_in_the_prompt_is_told(subject):
+    with pytest.raises(ValueError, match=r"subject is .*positions is not .all."):
+        subject_span({"prompt": "The sky is", "subject": subject})
