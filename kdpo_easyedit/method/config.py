@@ -337,8 +337,13 @@ class KDPOHyperParams:
         """These hyper-parameters with the module names filled in that were left out.
 
         Raises:
-            HParamsError: one was left out, and the model's architecture is not among :data:`.families.FAMILIES`.
+            HParamsError: one was left out, and the model's architecture is not among :data:`.families.FAMILIES`; or the
+                model is PEFT's wrapper.
         """
+        if hasattr(model, "get_base_model"):  # PEFT's wrapper has names, and sometimes a forward, of its own
+            raise HParamsError(
+                f"the model is a {type(model).__name__}; give model.get_base_model(), in which its adapters stay"
+            )
         family = family_of(model)
         missing = [key for key in _OF_FAMILY if getattr(self, key) is None]
         if missing and family is None:
@@ -356,10 +361,6 @@ class KDPOHyperParams:
         Raises:
             HParamsError: a layer or a template that the model does not have, or a projection that is not dense.
         """
-        if hasattr(model, "get_base_model"):  # PEFT's wrapper has names, and sometimes a forward, of its own
-            raise HParamsError(
-                f"the model is a {type(model).__name__}; give model.get_base_model(), in which the adapters stay"
-            )
         named, modules = self.for_model(model), dict(model.named_modules(remove_duplicate=False))
         for layer in sorted(self.layers):
             if named.layer_module_tmp.format(layer) not in modules:
@@ -399,16 +400,14 @@ def _dense_weight(name: str, module: torch.nn.Module) -> torch.nn.Parameter:
     weight = module._parameters.get("weight")
     if type(weight) is torch.nn.Parameter and weight.dtype in _DENSE and weight.dim() == 2:
         return weight
-    if weight is None and not hasattr(module, "weight") and not hasattr(module, "qweight"):
-        what = "has no weight"
-    elif isinstance(weight, torch.Tensor):
-        what = f"has a weight of {weight.dim()} dimensions, {type(weight).__name__} of {weight.dtype}"
+    if isinstance(weight, torch.Tensor):
+        what = f"whose weight is {weight.dim()}-dimensional, a {type(weight).__name__} of {weight.dtype}"
     else:
-        what = "keeps its weight in another form"
+        what = "without a weight of its own in the plain form"
     raise HParamsError(
-        f"rewrite_module_tmp leads to {name}, a {kind}, which {what}; allowed: a projection with a matrix in float32, float16, "
-        "bfloat16 or float64. A quantised model is to be loaded dense: by from_pretrained(…, dtype=torch.bfloat16) without "
-        "a quantization_config, of a GGUF file with GgufConfig(dequantize=True)"
+        f"rewrite_module_tmp leads to {name}, a {kind} {what}; allowed: a projection with a matrix in float32, float16, "
+        "bfloat16 or float64. A quantised model is to be loaded dense: by from_pretrained(…, dtype=torch.bfloat16) without a "
+        "quantization_config, and of a GGUF file with GgufConfig(dequantize=True)"
     )
 
 

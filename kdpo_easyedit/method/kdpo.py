@@ -121,7 +121,7 @@ def apply_kdpo_to_model(
     if isinstance(requests, (str, Mapping)):
         raise ValueError(f"requests is a {type(requests).__name__}; allowed: a list of requests, also of one")
     complete = [_complete(request, hparams) for request in requests]
-    hparams = _for_model(model, hparams, len(complete))
+    hparams = _checked(model, hparams, len(complete))
     if copy:
         original, model = model, deepcopy(model)
         copy_notes(original, model)
@@ -162,7 +162,7 @@ def execute_kdpo(
         HParamsError, EditFailed, ValueError: as :func:`apply_kdpo_to_model`.
     """
     complete = _complete(request, hparams)
-    hparams = _for_model(model, hparams, 1)
+    hparams = _checked(model, hparams, 1)
     usages = kdpo_c.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
     weights, trace, _ = execute(model, tok, complete, hparams, usages)
     return weights, trace
@@ -171,12 +171,13 @@ def execute_kdpo(
 def execute(
     model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams, usages: dict[str, Usage]
 ) -> tuple[Weights, EditTrace, dict[str, Usage]]:
-    """:func:`execute_kdpo`, of a request and hyper-parameters that are complete.
+    """:func:`execute_kdpo`, of a request as :func:`.preference.normalised` gives it and hyper-parameters that were checked.
 
     KDPO+C is told what the projections are used for, and tells it with this edit among it.
     """
+    hparams = hparams.for_model(model)
     originals = read(model, hparams.edited_parameters(model))
-    trace = EditTrace(sequential=hparams.sequential_edit)
+    trace = EditTrace(sequential=bool(hparams.sequential_edit))
     try:
         weights, usages = _edited(model, tok, request, hparams, originals, usages, trace)
     except _NotFinite as what:
@@ -508,18 +509,17 @@ def _said(logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
     return said, (said == targets.to(said.device)).sum().item() / said.numel()
 
 
-def _for_model(model: PreTrainedModel, hparams: KDPOHyperParams, requests: int) -> KDPOHyperParams:
-    """The hyper-parameters, checked, with what was left out: module names, and whether edits follow one another.
+def _checked(model: PreTrainedModel, hparams: KDPOHyperParams, requests: int) -> KDPOHyperParams:
+    """The hyper-parameters, checked, and with whether edits follow one another, where they leave it out.
 
     Raises:
-        HParamsError: they are wrong in themselves, or the model cannot be edited.
+        HParamsError: they are wrong in themselves, or the model can have no gradients.
     """
     hparams.validate()
     if any(tensor.is_inference() for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise HParamsError(
             f"{type(model).__name__} was made under torch.inference_mode, so that it cannot have gradients; load it outside"
         )
-    hparams = hparams.for_model(model)
     if hparams.sequential_edit is None:
         hparams = replace(hparams, sequential_edit=requests > 1 or holds_edit(model))
     return hparams
