@@ -120,6 +120,29 @@ def test_loss_and_gradient_are_those_of_the_full_forward(architecture, layers, i
         assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
 
 
+@pytest.mark.parametrize("layers", [(1,), (3,)], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "gpt-j", "gemma2", "opt"])
+def test_sequences_of_different_lengths_are_as_each_by_itself(architecture, layers, ids):
+    model, template, names = build(architecture, layers)
+    weights, before = moved(model, names), 4
+    longer = torch.cat((torch.tensor([[7] * before]), ids), dim=1)
+    both = torch.cat((torch.nn.functional.pad(ids, (0, before)), longer))
+    pairs = torch.stack((ids[:, P:].expand(2, T), torch.tensor([[1, 2, 3], [4, 5, 6]])), dim=-1)
+    with frozen(model), Suffix(model, read(model, names), template, mlp(template), both, [P, P + before]) as suffix:
+        assert suffix.replays
+        logits = suffix.target_logits(weights)
+        margins = pair_margin(suffix.pair_logits(weights, pairs))
+        gradients = torch.autograd.grad(margins.sum(), list(weights.values()))
+    with frozen(model):
+        alone = [torch.func.functional_call(model, dict(weights), (row,), {"use_cache": False}).logits for row in (ids, longer)]
+    expected = torch.cat((alone[0][:, P - 1 : -1], alone[1][:, P + before - 1 : -1]))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
+    expected_margins = pair_margin(expected.gather(-1, pairs))
+    torch.testing.assert_close(margins, expected_margins, rtol=1e-4, atol=1e-4)
+    for gradient, full in zip(gradients, torch.autograd.grad(expected_margins.sum(), list(weights.values()))):
+        assert (gradient - full).norm() <= 1e-4 * full.norm()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_two_sequences_in_one_batch(architecture, ids):
     model, template, names = build(architecture)

@@ -125,6 +125,12 @@ def _count(value: Any) -> int:
     return value
 
 
+def _count_or_zero(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("a whole number, 0 or above")
+    return value
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true or false")
@@ -252,6 +258,19 @@ class KDPOHyperParams:
     )
     sequential_lr_scale: float = _field("what lr, or mom2_step, is multiplied by in sequential edits", _positive, 0.2)
     update_scale: float = _field("the share of the update that is applied; 2 repeats the release's doubling", _positive, 1.0)
+    margin: Any = _field(
+        "go on until the target leads the runner-up by so many logits at each of its positions; false: until it is said",
+        _positive_or_false,
+        False,
+    )
+    contexts: int = _field(
+        "texts, the model's own, before the prompt, in which the edit is made as well; 0: none", _count_or_zero, 0
+    )
+    positions: str = _field(
+        "KDPO+C: whose keys the change is built from: all, subject, subject_last (its last token)",
+        _one_of("all", "subject", "subject_last"),
+        "all",
+    )
     mom2_adjustment: bool = _field("KDPO+C: steps that change little of what W is used for; not the paper's", _flag, False)
     mom2_step: float = _field("KDPO+C: logits that a cycle's first step adds to the preference; lr is not used", _positive, 30)
     mom2_damping: float = _field("KDPO+C: λ, added to the statistics' diagonal, whose mean is 1", _positive, 0.01)
@@ -307,6 +326,12 @@ class KDPOHyperParams:
             for key, neutral in (("negatives", "teacher_forced"), ("weight_decay", 0), ("norm_constraint", False)):
                 if getattr(self, key) != neutral:
                     raise HParamsError(f"{key} is {getattr(self, key)!r}; allowed with mom2_adjustment: {neutral!r}")
+        elif self.positions != "all":
+            raise HParamsError(f"positions is {self.positions!r}; allowed without mom2_adjustment: 'all'")
+        if self.negatives == "autoregressive":
+            for key, neutral in (("margin", False), ("contexts", 0)):
+                if getattr(self, key) != neutral:
+                    raise HParamsError(f"{key} is {getattr(self, key)!r}; allowed with negatives: autoregressive: {neutral!r}")
 
     def for_model(self, model: torch.nn.Module) -> KDPOHyperParams:
         """These hyper-parameters with the module names filled in that were left out.
