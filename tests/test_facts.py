@@ -154,6 +154,7 @@ def test_what_follows_does_follow():
 def test_known_facts_are_unambiguous():
     for relation in RELATIONS.values():
         subjects = [subject for some in relation.answers.values() for subject in some]
+        assert all(relation.answers.values())
         assert len(subjects) == len(set(subjects)) == len({subject.casefold() for subject in subjects})
         assert set(relation.leaves) <= RELATIONS.keys()
         assert all(follow.get("by", "capital") in RELATIONS for follow in relation.follows)
