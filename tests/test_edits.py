@@ -15,7 +15,7 @@ from test_kdpo import says
 from transformers import AutoModelForCausalLM
 
 import kdpo_easyedit
-from kdpo_easyedit import EditsError, apply_edits, apply_kdpo_to_model, edits_applied, revert_edits, save_edits
+from kdpo_easyedit import EditsError, apply_edits, apply_kdpo_to_model, edits_applied, execute_kdpo, revert_edits, save_edits
 from kdpo_easyedit.cli.main import main
 from kdpo_easyedit.edits import read_header, remove_edit
 from kdpo_easyedit.edits.factors import bits
@@ -189,6 +189,35 @@ def test_a_saved_half_precision_model_gives_the_same_logits(small_world, loaded,
         logits, expected = again(**ids).logits, model(**ids).logits
     assert again.dtype == dtype and torch.equal(logits, expected) and torch.isfinite(logits).all()
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_edits_without_originals_are_refused(fresh, requests, hparams, tmp_path):
+    model, tok = fresh
+    _, originals = apply_kdpo_to_model(model, tok, requests[:1], hparams)
+    assert originals == {}
+    with pytest.raises(EditsError, match="return_orig_weights=True"):
+        save_edits(tmp_path / "x", model, originals, requests[:1], hparams)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("state_", ["before", "after"])
+def test_numbers_that_are_not_finite_are_not_saved(fresh, tmp_path, number, state_):
+    model, _ = fresh
+    originals = {W: model.get_parameter(W).detach().clone()}
+    with torch.no_grad():
+        (model.get_parameter(W) if state_ == "after" else originals[W])[1, 2] = number
+    with pytest.raises(EditsError, match=f"{W} holds numbers that are not finite {state_} the edits"):
+        save_edits(tmp_path / "x", model, originals)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_edit_on_top_of_a_file_follows_it(file, small_world, loaded, requests, hparams):
+    model, tok = AutoModelForCausalLM.from_pretrained(small_world.folder), loaded[1]
+    apply_edits(model, file)
+    assert execute_kdpo(model, tok, requests[1], hparams)[1].sequential
+    revert_edits(model, file)
+    assert not execute_kdpo(model, tok, requests[1], hparams)[1].sequential
 
 
 @pytest.fixture

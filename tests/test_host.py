@@ -82,8 +82,7 @@ def test_sequential_edits_accumulate(hparams, requests):
     copied = copy.deepcopy(editor.model)
     accumulating = {"sequential_edit": True} if on_main() else {}
     editor.edit(**arguments(requests[:2]), **accumulating)
-    for request in requests[:2]:
-        kdpo_easyedit.apply_kdpo_to_model(copied, editor.tok, [request], hparams)
+    kdpo_easyedit.apply_kdpo_to_model(copied, editor.tok, requests[:2], hparams)  # which are known to follow one another too
     assert same_state(state(copied), state(editor.model))
 
 
@@ -447,3 +446,14 @@ def test_what_wise_cannot_do_is_told(requests, fresh):
     model, _ = algorithms.apply_edit(editor, algorithms.model_to_edit(editor, editor.model), requests[0])
     with pytest.raises(host.HostError, match="save_freq is 2, and that many edits are made"):
         algorithms.apply_edit(editor, model, requests[1])
+
+
+def test_lora_learns_all_of_an_answer(requests, fresh):
+    """The first token, too, where the tokenizer pads with its end token."""
+    pytest.importorskip("peft")
+    hparams = load_hparams("LoRA", "gpt2-xl")
+    hparams.model_name, hparams.device = fresh, "cpu"
+    editor = host.BaseEditor(hparams)
+    assert editor.tok.pad_token_id == editor.tok.eos_token_id
+    model, _ = algorithms.apply_edit(editor, algorithms.model_to_edit(editor, editor.model), requests[0])
+    assert edit_quality(editor, model, requests[0], fluency=False)["rewrite_acc"] == [1.0]

@@ -68,6 +68,7 @@ def test_defaults_are_the_papers(config):
     assert (hparams.num_steps, hparams.cycles, hparams.lr, hparams.beta, hparams.stop_crit) == (8, 20, 1e-4, 0.1, 1e-3)
     assert (hparams.weight_decay, hparams.norm_constraint) == (0, False)
     assert (hparams.negatives, hparams.online) == ("teacher_forced", True)
+    assert (hparams.margin, hparams.contexts, hparams.positions) == (False, 0, "all")
     assert (hparams.sequential_edit, hparams.sequential_lr_scale, hparams.update_scale) == (None, 0.2, 1.0)
     assert (hparams.batch_size, hparams.max_length, hparams.model_parallel, hparams.fp16) == (1, 40, False, False)
 

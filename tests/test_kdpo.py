@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from conftest import interrupt_second_write, same_state, state
 
 from kdpo_easyedit import HParamsError, apply_kdpo_to_model, execute_kdpo
-from kdpo_easyedit.method.weights import write
+from kdpo_easyedit.method.kdpo import EditFailed
+from kdpo_easyedit.method.weights import read, write
+
+W = "transformer.h.3.mlp.c_proj.weight"
 
 
 def says(model, tok, request) -> bool:
@@ -222,3 +226,113 @@ def test_negatives_that_are_not_online_are_generated_once(loaded, requests, hpar
         renewed += any(later != online.negatives[0] for later in online.negatives[1:])
         kept += len(once.losses) > 2
     assert renewed and kept
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [
+        (torch.float16, {"lr": 1e4}),
+        (torch.float16, {"lr": 1e4, "negatives": "autoregressive"}),
+        (torch.float32, {"lr": 1e38}),
+        (torch.bfloat16, {"lr": 1e38}),
+        (torch.float16, {"lr": 1e8, "num_steps": 1, "cycles": 1}),  # no loss is computed after it
+        (torch.float16, {"lr": 3e-3, "update_scale": 1e9}),  # the loss never sees it
+    ],
+)
+def test_numbers_that_are_not_finite_end_the_edit(fresh, requests, hparams, dtype, change):
+    model, tok = fresh
+    model.to(dtype)
+    before = state(model)
+    with pytest.raises(EditFailed) as told:
+        apply_kdpo_to_model(model, tok, requests[:2], replace(hparams, **change))
+    message = str(told.value)
+    assert repr(requests[0]["prompt"]) in message and f"lr is {change['lr']:g}, scaled by 0.2" in message
+    assert "cycle" in message and "step" in message and "\n" not in message
+    assert same_state(before, state(model))
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_model_that_gives_no_numbers_is_not_blamed_on_lr(fresh, requests, hparams):
+    model, tok = fresh
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float("nan")
+    with pytest.raises(EditFailed, match=r"logits are not finite.*no step was taken yet"):
+        execute_kdpo(model, tok, requests[0], hparams)
+
+
+def test_a_space_after_the_prompt_makes_no_difference(loaded, requests, hparams):
+    spaced = {**requests[0], "prompt": requests[0]["prompt"] + " ", "target_new": " " + requests[0]["target_new"]}
+    (plain, trace), (same, trace_of_same) = (execute_kdpo(*loaded, r, hparams) for r in (requests[0], spaced))
+    assert torch.equal(plain[W], same[W]) and trace == trace_of_same
+
+
+def test_a_template_is_filled_in(loaded, requests, hparams):
+    template = {**requests[0], "prompt": requests[0]["prompt"].replace(requests[0]["subject"], "{}")}
+    template["target_new"] = {"str": requests[0]["target_new"]}
+    assert torch.equal(*(execute_kdpo(*loaded, r, hparams)[0][W] for r in (requests[0], template)))
+
+
+@pytest.mark.parametrize("one", [lambda r: r, lambda r: r["prompt"]])
+def test_one_request_is_no_list_of_them(loaded, requests, hparams, one):
+    with pytest.raises(ValueError, match="allowed: a list of requests"):
+        apply_kdpo_to_model(*loaded, one(requests[0]), hparams)
+    with pytest.raises(ValueError, match=r"a request is \["):
+        execute_kdpo(*loaded, requests[:1], hparams)
+
+
+def test_edits_under_inference_mode_too(fresh, requests, hparams):
+    model, tok = fresh
+    with torch.inference_mode():
+        _, originals = apply_kdpo_to_model(model, tok, requests[:1], hparams, return_orig_weights=True)
+        copied, _ = apply_kdpo_to_model(model, tok, requests[1:2], hparams, copy=True)
+    assert says(model, tok, requests[0]) and says(copied, tok, requests[1])
+    assert not any(t.is_inference() for t in (*originals.values(), *copied.parameters()))
+    with torch.inference_mode():
+        made = deepcopy(model)
+    with pytest.raises(HParamsError, match=r"made under torch.inference_mode.*load it outside"):
+        apply_kdpo_to_model(made, tok, requests[:1], hparams)
+
+
+def sequential(model, tok, requests, hparams, **kwargs) -> list[bool]:
+    traces = []
+    apply_kdpo_to_model(model, tok, requests, hparams, traces=traces, **kwargs)
+    return [trace.sequential for trace in traces]
+
+
+def test_edits_that_follow_one_another_are_known_as_such(fresh, requests, hparams):
+    model, tok = fresh
+    names = [W]
+    before = {name: weight.clone() for name, weight in read(model, names).items()}
+    assert sequential(model, tok, requests[:1], hparams) == [False]
+    once = {name: weight.clone() for name, weight in read(model, names).items()}
+    assert sequential(model, tok, requests[1:2], hparams) == [True]
+    assert execute_kdpo(model, tok, requests[2], hparams)[1].sequential
+    assert sequential(model, tok, requests[2:3], replace(hparams, layers=[2]), copy=True) == [True]
+    write(model, once)  # the second is taken back, and the first is still there
+    assert execute_kdpo(model, tok, requests[2], hparams)[1].sequential
+    write(model, before)
+    assert not execute_kdpo(model, tok, requests[2], hparams)[1].sequential
+    assert sequential(model, tok, requests[:2], hparams, copy=True) == [True, True]
+    assert not execute_kdpo(model, tok, requests[2], hparams)[1].sequential  # those were a copy's
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_what_the_hyper_parameters_say_is_what_happens(fresh, requests, hparams, said):
+    hparams.sequential_edit = said
+    assert [sequential(*fresh, requests[n : n + 1], hparams) for n in range(2)] == [[said], [said]]
+    assert sequential(*fresh, requests[2:4], hparams) == [said, said] and hparams.sequential_edit is said
+
+
+def test_the_step_is_the_one_that_the_trace_tells_of(fresh, requests, hparams):
+    model, tok = fresh
+    apply_kdpo_to_model(model, tok, requests[:1], hparams)
+    known, trace = execute_kdpo(model, tok, requests[1], hparams)
+    said, same = execute_kdpo(model, tok, requests[1], replace(hparams, sequential_edit=True))
+    assert trace == same and trace.sequential and torch.equal(known[W], said[W])
+
+
+def test_an_edit_that_changed_nothing_is_not_held(fresh, requests, hparams):
+    model, tok = fresh
+    known = {**requests[0], "target_new": requests[0]["ground_truth"]}
+    assert sequential(model, tok, [known], hparams) == [False]
+    assert sequential(model, tok, requests[:1], hparams) == [False]

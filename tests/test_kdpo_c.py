@@ -18,6 +18,7 @@ from kdpo_easyedit.method import kdpo_c
 from kdpo_easyedit.method.kdpo_c import Usage
 from kdpo_easyedit.method.preference import edit_tokens, pair_margin
 from kdpo_easyedit.method.statistics import Text, make, second_moment
+from kdpo_easyedit.method.weights import write
 
 WEIGHT = "transformer.h.3.mlp.c_proj.weight"
 
@@ -116,6 +117,7 @@ def test_edits_cost_what_they_should_not_touch_less(fresh, requests, hparams, aw
 
 def test_keys_of_edits_count_for_as_long_as_the_model_holds_them(fresh, requests, aware):
     model, tok = fresh
+    aware.sequential_edit = True
     before = state(model)
     first, _ = execute_kdpo(model, tok, requests[1], aware)
     _, originals = apply_kdpo_to_model(model, tok, requests[:1], aware, return_orig_weights=True)
@@ -189,7 +191,7 @@ def write_statistics(file, moment) -> None:
     ("moment", "message"),
     [
         (None, "there are no such statistics"),
-        (np.eye(3, dtype=np.float32), r"\[3, 3\], and transformer.h.3.mlp.c_proj.weight needs \[256, 256\]"),
+        (np.eye(3, dtype=np.float32), r"\[3, 3\], and transformer.h.3.mlp.c_proj needs \[256, 256\]"),
         (-np.eye(256, dtype=np.float32), "not positive semidefinite"),
         (np.full((256, 256), np.nan, dtype=np.float32), "not finite"),
         ("text", "not a file of EasyEdit's statistics"),
@@ -217,3 +219,34 @@ def test_wrong_statistics_are_told_before_the_model_is_touched(fresh, requests, 
 def test_what_does_not_go_together_is_refused(aware, key, value):
     with pytest.raises(HParamsError, match=re.escape(f"{key} is {value!r}; allowed with mom2_adjustment")):
         replace(aware, **{key: value})
+
+
+def test_a_copy_goes_on_from_the_edits_that_it_was_made_with(fresh, requests, aware):
+    model, tok = fresh
+    apply_kdpo_to_model(model, tok, requests[:1], aware)
+    rows = kdpo_c.protected_keys(model)[WEIGHT]
+    copied, _ = apply_kdpo_to_model(model, tok, requests[1:2], aware, copy=True)
+    assert torch.equal(kdpo_c.protected_keys(copied)[WEIGHT][: len(rows)], rows)
+    assert len(kdpo_c.protected_keys(copied)[WEIGHT]) > len(rows)
+    assert torch.equal(kdpo_c.protected_keys(model)[WEIGHT], rows)
+    apply_kdpo_to_model(model, tok, requests[1:2], aware)
+    assert torch.equal(copied.get_parameter(WEIGHT), model.get_parameter(WEIGHT))
+
+
+def test_the_last_edit_is_taken_back_and_the_one_before_still_counts(fresh, requests, aware):
+    model, tok = fresh
+    apply_kdpo_to_model(model, tok, requests[:1], aware)
+    rows = kdpo_c.protected_keys(model)[WEIGHT]
+    _, originals = apply_kdpo_to_model(model, tok, requests[1:2], aware, return_orig_weights=True)
+    write(model, originals)
+    assert torch.equal(kdpo_c.protected_keys(model)[WEIGHT], rows)
+    with torch.no_grad():
+        model.get_parameter(WEIGHT)[5, 7] += 1e-6  # by something else, and by one number
+    assert kdpo_c.protected_keys(model) == {}
+
+
+def test_a_model_without_a_name_has_no_statistics(fresh, requests, aware):
+    model, tok = fresh
+    model.config._name_or_path = ""
+    with pytest.raises(HParamsError, match="the model has no name_or_path"):
+        apply_kdpo_to_model(model, tok, requests[:1], aware)

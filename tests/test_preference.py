@@ -11,10 +11,14 @@ from conftest import REFERENCE
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kdpo_easyedit.method import preference
 from kdpo_easyedit.method.preference import (
     edit_tokens,
+    joined,
+    normalised,
     pair_margin,
     preference_loss,
+    prompt_ids,
     sequence_margin,
     teacher_forced_negatives,
 )
@@ -95,3 +99,77 @@ def test_loss_is_log_2_at_the_reference_and_falls_with_the_margin():
 
 def test_negatives_are_what_is_most_likely():
     assert teacher_forced_negatives(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("prompt", ["Gutel Tazili was born in", "Gutel Tazili was born in ", "Gutel Tazili was born in \n\t"])
+@pytest.mark.parametrize("target", ["Cisjersun", " Cisjersun", "\u00a0 Cisjersun"])
+def test_whatever_white_space_is_brought_one_space_joins(llama_tok, prompt, target):
+    plain = edit_tokens(llama_tok, "Gutel Tazili was born in", "Cisjersun")
+    found = edit_tokens(llama_tok, prompt, target)
+    assert torch.equal(found.input_ids, plain.input_ids) and found.prompt_length == plain.prompt_length
+    assert joined(prompt, target) == "Gutel Tazili was born in Cisjersun"
+    request = normalised({"prompt": prompt, "target_new": target, "locality": {}})
+    assert request == {"prompt": "Gutel Tazili was born in", "target_new": "Cisjersun", "locality": {}}
+    assert normalised(request) == request
+
+
+def test_what_is_cut_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(preference, "_SAID", set())
+    for _ in range(3):
+        normalised({"prompt": "He works as a ", "target_new": " pilot"})
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "prompt is 'He works as a '" in caplog.text and "target_new is ' pilot'" in caplog.text
+
+
+@pytest.mark.parametrize("target", ["pilot", {"str": "pilot", "id": "Q2095549"}, ["pilot"], [{"str": " pilot"}]])
+def test_requests_stand_as_datasets_have_them(target):
+    given = {"prompt": "{} works as a ", "subject": "Gutel Tazili", "target_new": target}
+    request = normalised(given)
+    assert (request["prompt"], request["target_new"]) == ("Gutel Tazili works as a", "pilot")
+    assert given["prompt"] == "{} works as a " and request["subject"] == "Gutel Tazili"
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompt": "{} works as a", "target_new": "pilot"}, r"prompt is '\{\} works as a', and its subject.*is None"),
+        (
+            {"prompt": "{} works as a", "target_new": "pilot", "subject": " "},
+            "subject, which belongs in the place of {}, is ' '",
+        ),
+        ({"prompt": "{} and {}", "target_new": "pilot", "subject": "A"}, r"allowed: at most one \{\}"),
+        ({"prompt": "x", "target_new": []}, r"target_new is \[\]"),
+        ({"prompt": "x", "target_new": ["a", "b"]}, r"target_new is \['a', 'b'\]"),
+        ({"prompt": "x", "target_new": {"id": 3}}, "target_new is {'id': 3}"),
+        ({"prompt": " \n", "target_new": "a"}, r"prompt is ' \\n'"),
+        ("He works as a", "a request is 'He works as a'"),
+    ],
+)
+def test_other_requests_are_refused(request_, message):
+    with pytest.raises(ValueError, match=message):
+        normalised(request_)
+
+
+def test_a_prompt_is_continued_before_what_closes_a_text(llama_tok):
+    tok = _word_tokenizer(["a", "b", "c", "d", "b c", " "], closing=True)
+    assert tok.convert_ids_to_tokens(tok("a d")["input_ids"]) == ["a", " ", "d", "<end>"]
+    assert tok.convert_ids_to_tokens(prompt_ids(tok, "a d")) == ["a", " ", "d"]
+    assert edit_tokens(tok, "a d", "c").prompt_length == 3
+    # What opens a text stays, and what a text says itself.
+    assert prompt_ids(llama_tok, "Gutel Tazili") == llama_tok("Gutel Tazili")["input_ids"]
+    said = _word_tokenizer(["a"])
+    said.add_special_tokens({"eos_token": "<end>"})
+    assert said.convert_ids_to_tokens(prompt_ids(said, "a<end>")) == ["a", "<end>"]
+
+
+def test_a_tokenizer_that_opens_and_closes(llama_tok):
+    both = AutoTokenizer.from_pretrained(REFERENCE / "llama")
+    bos, eos = both.bos_token_id, both.convert_tokens_to_ids(both.eos_token)
+    plain = llama_tok("Gutel Tazili", add_special_tokens=False)["input_ids"]
+    both.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{both.bos_token} $A {both.eos_token}", special_tokens=[(both.bos_token, bos), (both.eos_token, eos)]
+    )
+    assert both("Gutel Tazili")["input_ids"] == [bos, *plain, eos]
+    assert prompt_ids(both, "Gutel Tazili") == [bos, *plain]
+    edit = edit_tokens(both, "Gutel Tazili was born in", "Cisjersun")
+    assert both.decode(edit.targets) == " Cisjersun"

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, GPT2Config, GPTJConfig, LlamaConfig, Mis
 from kdpo_easyedit.easyedit import host
 from kdpo_easyedit.easyedit import methods as algorithms
 from kdpo_easyedit.easyedit.hparams import _follow_from_family, filled_in, load_hparams
-from kdpo_easyedit.easyedit.statistics import make_statistics
+from kdpo_easyedit.easyedit.statistics import prepare, with_text
 from kdpo_easyedit.method.config import HPARAMS_DIR, HParamsError
+from kdpo_easyedit.method.statistics import Text
 from kdpo_easyedit.once import once, once_seconds
 
 DEPTH = 6
@@ -72,17 +73,20 @@ REQUEST = {
     "locality": {},
     "portability": {},
 }
-PASSAGES = [
-    f"{name} was born in {town}, where {name} worked as a {work} for {years} years before moving to the coast."
-    for name, town, work, years in zip(
-        ["Lena Vogt", "Omar Diaz", "Ines Roth", "Paul Lind", "Mara Quist", "Hugo Bell", "Nora Falk", "Timo Saar"] * 3,
-        ["Aarhus", "Porto", "Graz", "Tartu", "Lyon", "Ghent"] * 4,
-        ["baker", "judge", "tailor", "nurse", "sailor"] * 5,
-        range(2, 26),
-    )
-]
+TEXT = Text(
+    "people",
+    [
+        f"{name} was born in {town}, where {name} worked as a {work} for {years} years before moving to the coast."
+        for name, town, work, years in zip(
+            ["Lena Vogt", "Omar Diaz", "Ines Roth", "Paul Lind", "Mara Quist", "Hugo Bell", "Nora Falk", "Timo Saar"] * 3,
+            ["Aarhus", "Porto", "Graz", "Tartu", "Lyon", "Ghent"] * 4,
+            ["baker", "judge", "tailor", "nurse", "sailor"] * 5,
+            range(2, 26),
+        )
+    ],
+)
 # Numbers of steps, by the names that methods have for them, and what they are here.
-FEW = {"num_steps": 2, "cycles": 1, "v_num_grad_steps": 2, "n_iter": 2, "steps": 2}
+FEW = {"num_steps": 2, "cycles": 1, "v_num_grad_steps": 2, "n_iter": 2}
 
 YAMLS = sorted(HPARAMS_DIR.glob("*/*.yaml"))
 
@@ -108,10 +112,10 @@ def adapted(hparams: Any, model: Any, tok: Any, stats_dir: Path) -> Any:
     if hasattr(hparams, "v_loss_layer"):
         hparams.v_loss_layer = DEPTH - 1
     if hasattr(hparams, "stats_dir"):
-        hparams.stats_dir, hparams.mom2_n_samples = str(stats_dir), 1000
+        hparams.stats_dir = str(stats_dir)
     for key in FEW.keys() & vars(hparams).keys():
         setattr(hparams, key, FEW[key])
-    return hparams
+    return with_text(hparams, TEXT)
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +127,7 @@ def edit_and_undo(hparams: Any, stats_dir: Path) -> None:
     """An edit by a YAML's hyper-parameters changes the model, or a copy of it, and can be taken back to the bit."""
     model, tok = tiny(hparams.model_name)
     hparams = adapted(hparams, model, tok, stats_dir)
-    make_statistics(model, tok, hparams, PASSAGES, quiet=True)
+    prepare(model, tok, [hparams], TEXT, quiet=True)
     algorithms.set_memory()
     torch.manual_seed(0)
     editor = host.BaseEditor(hparams)
@@ -223,6 +227,56 @@ def test_module_names_that_are_left_out_are_those_of_easyedits_yamls(path):
             assert found.removesuffix(".weight") == expected.removesuffix(".weight")
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in easyedits_yamls()
+        if path.parent.name in ("LoRA", "MEMIT-FE", "SPHERE", "KN") and path.stem.startswith(tuple(OF)) and not of_images(path)
+    ],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_easyedits_yamls_of_methods_that_have_none_here_make_an_edit(path, stats_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hparams = load_easyedits(path)
+    if hparams.alg_name == "LoRA":
+        pytest.importorskip("peft")
+    hparams.model_name, hparams.model_parallel = next(name for start, name in OF.items() if path.stem.startswith(start)), False
+    edit_and_undo(hparams, stats_dir)
+
+
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+@pytest.mark.parametrize("context", ["", "context: all\nctx_num: 6\n"])
+def test_core_for_which_there_is_no_yaml_anywhere_makes_an_edit(stats_dir, tmp_path, monkeypatch, context):
+    monkeypatch.chdir(tmp_path)
+    memit = (HPARAMS_DIR / "MEMIT" / "world.yaml").read_text()
+    (tmp_path / "core.yaml").write_text(memit.replace('"MEMIT"', '"CORE"') + context)
+    edit_and_undo(load_hparams("CORE", tmp_path / "core.yaml"), stats_dir)
+
+
+@pytest.mark.skipif(not easyedits_yamls(), reason="for a clone of EasyEdit's main branch")
+def test_kn_that_fails_leaves_the_model_as_it_was(stats_dir, fail_at, tmp_path, monkeypatch):
+    """While its scores are summed up, layers are replaced and hooks are on."""
+    monkeypatch.chdir(tmp_path)
+    (path,) = (path for path in easyedits_yamls() if path.match("KN/gpt2-xl.yaml"))
+    model, tok = copy.deepcopy(tiny("world"))
+    editor = host.BaseEditor(adapted(load_easyedits(path), model, tok, stats_dir))
+    before, others = state(model), everything(model)
+    fail_at(torch.autograd, "grad", 2)
+    with pytest.raises(Injected):
+        algorithms.apply_edit(editor, model, REQUEST)
+    assert same_state(before, state(model)) and everything(model) == others
+
+
+@pytest.mark.skipif(not easyedits_yamls(), reason="for a clone of EasyEdit's main branch")
+def test_a_chat_template_that_is_not_there_is_told_before_an_edit():
+    (path,) = (path for path in easyedits_yamls() if path.match("WISE/llama3-8b.yaml"))
+    hparams = load_easyedits(path)
+    hparams.model_name, hparams.device = tiny("meta-llama/"), "cpu"
+    with pytest.raises(host.HostError, match="use_chat_template is true, and the model's tokenizer has no chat template"):
+        host.BaseEditor(hparams)
+
+
 @pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
 def test_what_pmet_means_otherwise_does_not_follow_from_the_architecture(tmp_path):
     lines = (HPARAMS_DIR / "PMET" / "world.yaml").read_text().splitlines()
@@ -274,7 +328,7 @@ def prepared(method: str, stats_dir: Path, **changes: Any) -> Any:
     model, tok = copy.deepcopy(tiny("world"))
     hparams = adapted(hparams, model, tok, stats_dir)
     vars(hparams).update(changes)
-    make_statistics(model, tok, hparams, PASSAGES, quiet=True)
+    prepare(model, tok, [hparams], TEXT, quiet=True)
     algorithms.set_memory()
     return host.BaseEditor(hparams)
 

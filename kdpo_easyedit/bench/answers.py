@@ -67,7 +67,7 @@ _UNIT = regex.compile(
     (?P<number>(?:(?<![\p{{L}}\p{{M}}\p{{N}})])-)?(?>\d{{1,3}}(?:[ ]\d{{3}})+(?![\d.,]*\d)|\d+(?:[.,]\d+)*)(?!{_WORD}))
     |(?P<unspaced>{_UNSPACED}{_BEHIND}*|[\p{{Script=Katakana}}ー]+\p{{M}}*)
     |(?P<word>{_WORD}+)
-    |(?P<symbols>[\p{{Sc}}%‰°№±×÷√∞≈≠≤≥+]+|(?<=[\p{{L}}\p{{M}}\p{{N}}])[#&@^]+|[#&@^<>=~]+(?=[\p{{L}}\p{{N}}]))
+    |(?P<symbols>[\p{{Sc}}%‰°№±×÷√∞≈≠≤≥+]+|(?<=[\p{{L}}\p{{M}}\p{{N}}])[#&@^]+|[#&@^]+(?=[\p{{L}}\p{{N}}])|[<>=~]+(?=\d))
     """,
     regex.VERBOSE | regex.V1,
 )

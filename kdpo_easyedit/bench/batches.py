@@ -46,6 +46,9 @@ class Batching:
     decide_at: Callable[[Any, int], None] | None = None
 
 
+BY_DEVICE = Batching()
+
+
 def network(model: Any) -> Any:
     """The causal language model itself, of one that is wrapped in a class of some method's or of PEFT's."""
     inner = model if hasattr(model, "get_output_embeddings") else model.model

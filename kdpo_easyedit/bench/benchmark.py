@@ -257,7 +257,7 @@ def measure_usage(model: PreTrainedModel, hparams: KDPOHyperParams, tokens: int 
     return UsageCost(factorisation, usage.inverse.nbytes, **medians)
 
 
-def _numbers(text: str) -> dict[str, list[int]]:
+def _numbers(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
     """A tokenizer of texts that are token numbers."""
     return {"input_ids": [int(word) for word in text.split()]}
 

@@ -12,7 +12,9 @@ from typing import Any
 from ..easyedit import host
 from ..easyedit import methods as algorithms
 from ..easyedit.loading import in_place
+from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
+from ..method.statistics import Text
 from .datasets import DatasetError, Request, flat
 from .measuring import batching_for, check_length, target_probability
 from .protocols import Method, editor_of, plain, timed_edit
@@ -44,7 +46,11 @@ class Said:
 
 
 def edit_by_hand(
-    methods: Sequence[Method], record: dict[str, str], seed: int = 0, save_edits: Path | None = None
+    methods: Sequence[Method],
+    record: dict[str, str],
+    seed: int = 0,
+    save_edits: Path | None = None,
+    stats_text: Text | None = None,
 ) -> list[Said]:
     """Make one edit with every method, each from the original model, and take it back.
 
@@ -52,6 +58,7 @@ def edit_by_hand(
         methods: all on the same model, as :func:`kdpo_easyedit.bench.protocols.check` allows them.
         record: ``prompt``, ``target_new`` and, as far as there are any, ``rephrase_prompt``, ``locality_prompt``, ``subject``.
         seed: of all sampling.
+        stats_text: what to take second moments over, for the methods that go by them.
         save_edits: a file to keep the edit of the one method in, for :func:`kdpo_easyedit.apply_edits`.
 
     Returns:
@@ -65,8 +72,11 @@ def edit_by_hand(
     prompts = {field: request.get(field) or record[field].rstrip() for field in PROMPTS if record.get(field)}
     save_edits = save_edits and save_edits.resolve()
     methods = [Method(method.name, in_place(method.hparams)) for method in methods]
+    if stats_text is not None:
+        methods = [Method(method.name, with_text(method.hparams, stats_text)) for method in methods]
     with tempfile.TemporaryDirectory() as logs, algorithms.output_to(Path(logs)):
         first = host.BaseEditor(copy.copy(methods[0].hparams))
+        prepare(first.model, first.tok, [method.hparams for method in methods], stats_text)
         for field, prompt in prompts.items():
             check_length(f"{field} and target_new", f"{prompt} {request['target_new']}", first.model, first.tok)
 

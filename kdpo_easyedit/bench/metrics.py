@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..method.preference import edit_tokens
-from .batches import Batching, in_batches, logits_at, network, prompt_tokens, running
+from .batches import BY_DEVICE, Batching, in_batches, logits_at, network, prompt_tokens, running
 from .writing import write_on
 
 Metrics = dict[str, Any]
@@ -63,7 +63,7 @@ def measure(
     fluency: bool = True,
     old_answers: bool = False,
     seed: int = 0,
-    batching: Batching = Batching(),
+    batching: Batching = BY_DEVICE,
 ) -> list[Metrics]:
     """The metrics of every request, in the structure of EasyEdit's ``compute_edit_quality``.
 
@@ -116,12 +116,13 @@ def with_locality(pre: Metrics, post: Metrics) -> Metrics:
     Raises:
         ValueError: they are not of the same prompts.
     """
-    kept = {}
+    shares = {}
     for name, after in post["locality"].items():
-        if kind := name.removesuffix("_output") if name.endswith("_output") else "":
-            pairs = list(zip(pre["locality"][name], after, strict=True))
-            kept[f"{kind}_acc"] = [sum(a == b for a, b in zip(old, new, strict=True)) / len(old) for old, new in pairs]
-    return {**post, "locality": {**post["locality"], **kept}}
+        if name.endswith("_output"):
+            pairs = zip(pre["locality"][name], after, strict=True)
+            accuracy = [sum(a == b for a, b in zip(old, new, strict=True)) / len(old) for old, new in pairs]
+            shares[f"{name.removesuffix('_output')}_acc"] = accuracy
+    return {**post, "locality": {**post["locality"], **shares}}
 
 
 def _asked(request: Request, old_answers: bool) -> dict[tuple[str, str], list[tuple[str, str]]]:
@@ -146,7 +147,7 @@ def _asked(request: Request, old_answers: bool) -> dict[tuple[str, str], list[tu
     return asked
 
 
-def teacher_forced(model: Any, tok: Any, pairs: Sequence[tuple[str, str]], batching: Batching = Batching()) -> list[Said]:
+def teacher_forced(model: Any, tok: Any, pairs: Sequence[tuple[str, str]], batching: Batching = BY_DEVICE) -> list[Said]:
     """What a model says of answers to prompts.
 
     Args:
@@ -231,7 +232,7 @@ def harmonic_score(shares: Sequence[float]) -> float:
 
 
 def written_for_fluency(
-    model: Any, tok: Any, prompts: Sequence[str], seed: int = 0, batching: Batching = Batching()
+    model: Any, tok: Any, prompts: Sequence[str], seed: int = 0, batching: Batching = BY_DEVICE
 ) -> list[str]:
     """What a model writes after each prompt: :data:`FLUENCY_TOKENS` new tokens, or as many as it has room for.
 
@@ -239,7 +240,7 @@ def written_for_fluency(
     and an end token ends nothing: what a text's entropy can be hangs on its length. Every prompt has random numbers of its own,
     made on the CPU from the seed and its words, so that its text does not hang on the batch or the order.
     """
-    ids = [prompt_tokens(tok, prompt) for prompt in prompts]
+    ids = [prompt_tokens(tok, prompt.rstrip(" ")) for prompt in prompts]  # a space at the end would begin a word
     uniforms = torch.stack([_uniforms(prompt, seed) for prompt in prompts]) if prompts else torch.empty(0)
 
     def draw(rows: list[int], step: int, logits: Tensor) -> Tensor:

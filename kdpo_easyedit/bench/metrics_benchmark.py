@@ -6,21 +6,19 @@ in turn, and prints seconds an edit, how many times faster the engine is, and ho
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from .. import host
-from ..datasets import Request, load_requests
+from ..easyedit.loading import ModelName
+from ..easyedit.measuring import edit_quality
+from .datasets import Request, load_requests
 from .metrics import Metrics, measure
 
 
@@ -73,20 +71,20 @@ def benchmark_metrics(
     """
     requests = [_joined_alike(request) for request in load_requests(data, size=size)]
     tok = AutoTokenizer.from_pretrained(folder)
-    model = _random_1b(len(tok)) if shape_1b else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = model.to(device).eval()
+    model: Any = _random_1b(len(tok)) if shape_1b else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(torch.device(device)).eval()
     tok.pad_token, tok.padding_side = tok.pad_token or tok.eos_token, "left"
     settings = SimpleNamespace(alg_name="KDPO", max_length=40, device=device)
-    editor = SimpleNamespace(hparams=settings, tok=tok, model_name=host.ModelName(str(folder), model.config.model_type))
+    editor = SimpleNamespace(hparams=settings, tok=tok, model_name=ModelName(str(folder), model.config.model_type))
 
     def theirs(fluency: bool) -> list[Metrics]:
-        return [host.edit_quality(editor, model, request, fluency) for request in requests]
+        return [edit_quality(editor, model, request, fluency) for request in requests]
 
     def ours(fluency: bool) -> list[Metrics]:
         return measure(model, tok, requests, fluency)
 
     measure(model, tok, requests[:1], fluency=False)  # what is loaded at the first use is no part of it
-    host.edit_quality(editor, model, requests[0], fluency=False)
+    edit_quality(editor, model, requests[0], fluency=False)
     (engine, mine), (easyedit, others) = _timed(ours, False), _timed(theirs, False)
     compared = [pair for request, a, b in zip(requests, mine, others) for pair in _figures(request, a, b)]
     forced, everything, means = Cost(easyedit / size, engine / size), None, None
@@ -105,10 +103,17 @@ def _joined_alike(request: Request) -> Request:
 
 
 def _random_1b(vocabulary: int) -> Any:
-    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=vocabulary, **shape, **heads))
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config)
 
 
 def _timed(function: Callable[[bool], list[Metrics]], fluency: bool) -> tuple[float, list[Metrics]]:
@@ -127,39 +132,3 @@ def _figures(request: Request, mine: Metrics, other: Metrics) -> list[tuple[str,
             name = f"{kind}_{suffix}"
             asked += zip(questions["prompt"], mine[section][name], other[section][name])
     return asked
-
-
-def print_benchmark(result: MetricsBenchmark, console: Console) -> None:
-    """Show it as a table."""
-    table = Table(title=f"measuring {result.edits} edits, seconds an edit ({torch.get_num_threads()} threads on the CPU)")
-    for column in ("", "EasyEdit", "engine", "times faster"):
-        table.add_column(column, justify="left" if not column else "right")
-    rows = {"rewrite, rephrase, locality, portability": result.forced, "all metrics": result.everything}
-    for name, cost in rows.items():
-        if cost:
-            table.add_row(name, f"{cost.easyedit:.3f}", f"{cost.engine:.3f}", f"{cost.ratio:.1f}")
-    console.print(table)
-    equal = result.figures - len(result.differing)
-    console.print(f"teacher-forced figures equal, prompt by prompt: {equal} of {result.figures}")
-    for prompt in result.differing[:5]:
-        console.print(f"  differs: {prompt}", markup=False)
-    if result.fluency:
-        console.print("fluency, mean: EasyEdit {:.3f} of prompt and text, engine {:.3f} of the text".format(*result.fluency))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model's folder or name")
-    parser.add_argument("--data", required=True, help="a benchmark file of edits")
-    parser.add_argument("--size", type=int, default=50, help="how many edits of it")
-    parser.add_argument("--no-fluency", action="store_true", help="the teacher-forced metrics alone")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape-1b", action="store_true", help="random weights in the shape of Llama-3.2-1B instead")
-    given = parser.parse_args(arguments)
-    result = benchmark_metrics(given.model, given.data, given.size, not given.no_fluency, given.device, given.shape_1b)
-    print_benchmark(result, Console())
-
-
-if __name__ == "__main__":
-    main()

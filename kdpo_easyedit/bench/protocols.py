@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import math
 import platform
+import random
 import re
 import sys
 import tempfile
@@ -59,8 +59,6 @@ from .runs import RunFolder
 from .schema import SEQUENTIAL, SINGLE, EditMetrics, Metrics, PairedTest, Summary, from_json, to_json
 from .significance import paired_tests
 from .versions import versions
-
-LOG = logging.getLogger(__name__)
 
 Bar = Callable[..., Any]
 
@@ -152,7 +150,7 @@ def compare(
     Args:
         methods: all on the same model.
         requests: the edits, as :func:`kdpo_easyedit.datasets.load_requests` gives them.
-        protocols: ``"single"``, ``"sequential"`` or both.
+        protocols: ``"single"``, ``"sequential"``, and the same edits in other orders (:func:`.schema.in_order`).
         folder: the run's own; made if need be.
         seed: of all sampling: fluency's, and the contexts that ROME and MEMIT write.
         eval_at: after how many sequential edits to measure; left out, at powers of ten and the end.
@@ -198,7 +196,7 @@ def compare(
         before = _measure_before(run, first, requests, seed, how, bar)
         unedited = summarise("(before)", "", before, "pre")
         reading = None
-        if ability_texts and SEQUENTIAL in protocols:
+        if ability_texts and any(protocol != SINGLE for protocol in protocols):
             reading = read_text(first.model, first.tok, ability_texts)
             unedited = replace(unedited, perplexity=round(reading.perplexity, 4))
         ability = Ability(ability_texts, reading) if reading else None
@@ -210,11 +208,16 @@ def compare(
                 if protocol == SINGLE:
                     row = _edit_one_by_one(run, editor, before, method.name, seed, how, bar)
                 else:
-                    result.curve += _edit_in_sequence(
-                        run, editor, before, method.name, seed, how, ability, checkpoints, bar, save_edits, save_model
+                    entries, kept = before, (save_edits, save_model)
+                    if protocol != SEQUENTIAL:
+                        entries, kept = _shuffled(before, f"{seed} {protocol}"), (None, None)
+                    rows = _edit_in_sequence(
+                        run, editor, entries, method.name, protocol, seed, how, ability, checkpoints, bar, *kept
                     )
-                    row = result.curve[-1]
-                    run.write("curve.json", to_json(result.curve))
+                    row = rows[-1]
+                    if protocol == SEQUENTIAL:
+                        result.curve += rows
+                        run.write("curve.json", to_json(result.curve))
                 result.examples = result.examples or _examples(
                     from_json(EditMetrics, run.read(f"metrics-{method.name}-{protocol}.json"))
                 )
@@ -236,7 +239,7 @@ def check(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise host.HostError(f"editing_method names {twice!r} twice; name each method once")
     for method in methods:
-        algorithms.check_method(method.hparams, SEQUENTIAL in protocols)
+        algorithms.check_method(method.hparams, any(protocol != SINGLE for protocol in protocols))
         if (save_edits or save_model) and not algorithms.edits_weights(method.hparams):
             raise host.HostError(f"save_edits and save_model keep changed weights, and {method.name} changes none")
     if (save_edits or save_model) and (len(methods) != 1 or SEQUENTIAL not in protocols):
@@ -318,6 +321,7 @@ def _edit_in_sequence(
     editor: Any,
     before: Sequence[EditMetrics],
     name: str,
+    protocol: str,
     seed: int,
     how: Measuring,
     ability: Ability | None,
@@ -332,10 +336,11 @@ def _edit_in_sequence(
     and what methods remember, such as ROME's contexts, is kept with the weights, so that nothing tells the difference
     afterwards. Edits in a wrapper (GRACE, WISE) are not saved: such a sequence starts over.
     """
-    journal = run.journal(f"{name}-{SEQUENTIAL}.jsonl")
-    weights, notes = run.read_weights(f"weights-{name}.safetensors")
+    journal = run.journal(f"{name}-{protocol}.jsonl")
+    kept = f"weights-{name}{protocol.removeprefix(SEQUENTIAL)}.safetensors"
+    weights, notes = run.read_weights(kept)
     in_weights, resumes = algorithms.edits_weights(editor.hparams), algorithms.can_resume(editor.hparams)
-    complete = not resumes and (run.path / f"metrics-{name}-{SEQUENTIAL}.json").exists()
+    complete = not resumes and (run.path / f"metrics-{name}-{protocol}.json").exists()
     finished = len(before) if complete else notes.get("edits", 0)
     journal.cut(finished)
     remembered, protected = (
@@ -369,11 +374,11 @@ def _edit_in_sequence(
                         saved = read(edited, names)
                         saved |= {_REMEMBERED + key: tensor for key, tensor in tensors.items()}
                         saved |= {_PROTECTED + key: kept for key, kept in kdpo_c.protected_keys(edited).items()}
-                        run.write_weights(f"weights-{name}.safetensors", saved, {"edits": made, "contexts": contexts})
+                        run.write_weights(kept, saved, {"edits": made, "contexts": contexts})
                         finished, saved_at = made, time.monotonic()
 
                 last = checkpoint == checkpoints[-1]
-                file = f"metrics-{name}-{SEQUENTIAL}{'' if last else f'-at-{checkpoint}'}.json"
+                file = f"metrics-{name}-{protocol}{'' if last else f'-at-{checkpoint}'}.json"
                 metrics = from_json(EditMetrics, run.read(file) or [])
                 if not metrics:
                     posts: list[Metrics] = []
@@ -384,7 +389,7 @@ def _edit_in_sequence(
                     for entry, done, post in zip(before, journal.entries, posts):
                         metrics.append(replace(entry, post=post, **{key: done.get(key) for key in _OF_EDIT}))
                     run.write(file, to_json(metrics))
-                row = summarise(name, SEQUENTIAL, metrics, "post")
+                row = summarise(name, protocol, metrics, "post")
                 rows.append(row if ability is None else ability.added_to(row, edited, editor.tok))
         if save_edits:
             requests = [entry.requested_rewrite for entry in before]
@@ -451,7 +456,7 @@ def _tried(editor: Any, model: Any, request: Request, seed: int) -> Edit:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        LOG.warning("%s could not edit %r: %s", editor.hparams.alg_name, request["prompt"], reason)
+        tqdm.write(f"{editor.hparams.alg_name} could not edit {request['prompt']!r}: {reason}", file=sys.__stderr__)
         return Edit(model, {}, None, {"error": reason})
 
 
@@ -505,6 +510,10 @@ def _check_room(requests: Sequence[Request], model: Any, tok: Any) -> None:
             check_length(f"edit {number} ({request['prompt'][:60]!r}…): {what}", text, model, tok)
 
 
+def _shuffled(entries: Sequence[EditMetrics], seed: str) -> list[EditMetrics]:
+    return random.Random(seed).sample(entries, len(entries))
+
+
 def _powers_of_ten(end: int) -> list[int]:
     return [10**n for n in range(len(str(end)))]
 
@@ -532,5 +541,5 @@ def editor_of(method: Method, loaded: Any, protocol: str) -> Any:
     """EasyEdit's editor of a method, on the model that another editor has loaded."""
     hparams = copy.copy(method.hparams)
     hparams.model_name = (loaded.model, loaded.tok)
-    hparams.sequential_edit = protocol == SEQUENTIAL  # KDPO and WISE ask for it
+    hparams.sequential_edit = protocol != SINGLE  # KDPO and WISE ask for it
     return host.BaseEditor(hparams)

@@ -10,6 +10,13 @@ from typing import Any, TypeVar
 VERSION = 2
 
 SINGLE, SEQUENTIAL = "single", "sequential"
+
+
+def in_order(number: int) -> str:
+    """The protocol of the same edits in another order; number 1 is the given one, :data:`SEQUENTIAL`."""
+    return SEQUENTIAL if number == 1 else f"{SEQUENTIAL}-{number}"
+
+
 #: What is measured of an edit; a :class:`Summary` has the mean of each, with an interval.
 MEASURES = (
     "edit_success", "generated_success", "exact_success", "generalization", "generated_generalization", "exact_generalization",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .batches import (
+    BY_DEVICE,
     Batching,
     MetricsError,
     context_length,
@@ -67,7 +68,7 @@ def write_answers(
     targets: Sequence[str],
     context: str = "plain",
     room: int = 32,
-    batching: Batching = Batching(),
+    batching: Batching = BY_DEVICE,
 ) -> list[Written]:
     """What a model answers, greedily, whatever its own settings for generation say; their end tokens end an answer.
 
@@ -124,28 +125,30 @@ def _end_tokens(model: Any, tok: Any) -> frozenset[int]:
     return frozenset(token for token in (*named, of_tokenizer) if token is not None)
 
 
-# What ends in a full stop and ends no sentence: initials, and abbreviations that names and numbers follow.
-_ABBREVIATION = re.compile(
-    r"(?:^|[\W_])(?:[^\W\d_]|Mrs?|Ms|Dr|St|Ste|Mt|Ft|Jr|Sr|Prof|Rev|Gen|Col|Capt|Lt|Sgt|Gov|Sen|Rep|Hon|Pres|No|Nos|Vol|Op|vs"
-    r"|ca|approx|al|etc|Co|Corp|Inc|Ltd|Bros|Jan|Feb|Mar|Apr|Aug|Sept?|Oct|Nov|Dec)$",
-    re.IGNORECASE,
+# Where a line or a sentence ends. A full stop ends none after an initial or a title, nor after "No." before a number.
+_STOP = regex.compile(
+    r"""
+    (?:[.!?…]{2,}|[!?…]|
+       (?<!\b(?:\p{Lu}|Mrs?|Ms|Dr|Prof|St|Ste|Mt|Ft|Rev|Gen|Col|Capt|Lt|Sgt|Gov|Sen|Rep|Hon|Pres)
+          |\b(?:Nos?|Vol|Op|pp?)(?=\.\s*\d))\.)
+    ["”’')\]*]*(?=\s+[^\s\p{Ll}])
+    |[。！？｡]+[”」』）]*
+    |(?=[\n\r])
+    """,
+    regex.VERBOSE,
 )
-_FULL_STOP = re.compile(r"[.!?…]+[\"”’')\]*]*(?=\s+[^\s\Wa-z]|\s+[\"“‘'(\[¿¡])|[。！？｡]+[”」』）]*")
 
 
 def _ends(text: str) -> list[int]:
     """Where the lines and sentences of a text end, as far as what follows shows it."""
-    ends = [match.start() for match in re.finditer(r"[\n\r]", text)]
-    for match in _FULL_STOP.finditer(text):
-        if not (match.group().startswith(".") and _ABBREVIATION.search(text[: match.start()])):
-            ends.append(match.end())
-    return sorted(ends)
+    return [match.end() for match in _STOP.finditer(text)]
 
 
 def _end(text: str, target: str) -> int | None:
     """Where an answer ends: at the first end of a line or sentence, or after as many as the target has within it."""
     start = len(text) - len(text.lstrip())
-    within = len(_ends(target.strip()))
+    target = target.strip()
+    within = sum(end < len(target) for end in _ends(target))
     ends = [end for end in _ends(text) if end > start]
     return ends[within] if len(ends) > within else None
 
@@ -159,7 +162,7 @@ def write_on(
     rooms: Sequence[int],
     choose: Callable[[list[int], int, Tensor], Tensor],
     has_ended: Callable[[int, list[int]], bool],
-    batching: Batching = Batching(),
+    batching: Batching = BY_DEVICE,
     end_tokens: frozenset[int] = frozenset(),
 ) -> list[Text]:
     """Go on from prompts, token by token, in batches with a cache of keys and values; texts that have ended leave the batch.
@@ -176,9 +179,10 @@ def write_on(
         MetricsError: a prompt without tokens, or one that the model has no room for.
     """
     limit = context_length(model)
-    for ids in prompts:
+    for number, ids in enumerate(prompts):
         if not ids or (limit and len(ids) > limit):
-            raise MetricsError(f"a prompt has {len(ids)} tokens, and the model takes 1 to {limit or 'any number'}")
+            most = f"takes {limit} at most" if ids else "needs one to begin with"
+            raise MetricsError(f"prompt {number} has {len(ids)} tokens, and the model {most}; change it or leave it out")
     # One token more than the model takes can be written: nothing is read after it.
     rooms = [max(1, min(room, limit - len(ids) + 1)) if limit else room for ids, room in zip(prompts, rooms)]
     device = network(model).device
@@ -210,7 +214,8 @@ def _write_batch(
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts.values()])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts.values()])
     past = None
-    live, written = list(prompts), {number: ([], False) for number in prompts}
+    live = list(prompts)
+    written: dict[int, tuple[list[int], bool]] = {number: ([], False) for number in prompts}
     for step in range(max(rooms[number] for number in prompts)):
         given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
         if positions:
@@ -238,7 +243,7 @@ def _write_batch(
             past.batch_select_indices(torch.tensor(going, device=device))
             live, mask = [live[row] for row in going], mask[going]
         mask = torch.cat([mask, torch.ones_like(input_ids)], dim=1)
-        for layer in past.layers:
+        for layer in getattr(past, "layers", ()):
             if type(layer) is DynamicLayer:
                 layer.__class__ = _Roomy
     return written
@@ -248,22 +253,22 @@ class _Roomy(DynamicLayer):
     """A layer's keys and values with room for more: its parent copies all of them for every token that is added."""
 
     ROOM = 64
-    _room: tuple[Tensor, Tensor] | None = None
+    _room: list[Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        held, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        if self._room is None or self._room[0].shape[-2] < new:
-            self._room = tuple(self._with_room(kept, new) for kept in (self.keys, self.values))
+        kept: tuple[Any, Any] = self.keys, self.values
+        held = kept[0].shape[-2]
+        end = held + key_states.shape[-2]
+        if self._room is None or self._room[0].shape[-2] < end:
+            shapes = ((*of.shape[:-2], end + self.ROOM, of.shape[-1]) for of in kept)
+            self._room = [of.new_empty(shape) for of, shape in zip(kept, shapes)]
+            held = 0
+            key_states, value_states = (torch.cat(of, dim=-2) for of in zip(kept, (key_states, value_states)))
         for room, states in zip(self._room, (key_states, value_states)):
-            room[..., held:new, :] = states
-        self.keys, self.values = (room[..., :new, :] for room in self._room)
+            room[..., held:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self._room)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._room = None
-
-    def _with_room(self, kept: Tensor, new: int) -> Tensor:
-        room = kept.new_empty((*kept.shape[:-2], new + self.ROOM, kept.shape[-1]))
-        room[..., : kept.shape[-2], :] = kept
-        return room

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench.benchmark import SHAPES, Result, UsageCost, hyper_params, load, measure, measure_usage
+from ..bench.metrics_benchmark import MetricsBenchmark, benchmark_metrics
 
 DESCRIPTION = "What an edit costs: the straightforward form of the method against this package's, in one run."
 
@@ -25,11 +26,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=18, help="of prompt and target (default: 18)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each form is timed (default: 5)")
     parser.add_argument("--mom2", action="store_true", help="KDPO against KDPO+C instead")
+    measuring = parser.add_argument_group("measuring instead of editing")
+    measuring.add_argument(
+        "--metrics",
+        action="store_true",
+        help="this package's measuring against EasyEdit's, in turn; with --model, --data",
+    )
+    measuring.add_argument("--data", metavar="FILE", help="a benchmark file of edits")
+    measuring.add_argument("--size", type=int, default=50, metavar="N", help="how many edits of it (default: 50)")
+    measuring.add_argument("--no_fluency", action="store_true", help="the teacher-forced metrics alone")
+    measuring.add_argument(
+        "--random_1b", action="store_true", help="random weights in Llama-3.2-1B's shape; --model's tokenizer"
+    )
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure, and print it."""
-
+    if options.metrics:
+        if not options.model or not options.data:
+            parser.error("--metrics needs --model, a model's folder, and --data, a benchmark file")
+        result = benchmark_metrics(
+            options.model, options.data, options.size, not options.no_fluency, options.device, options.random_1b
+        )
+        print_metrics(result, Console())
+        return 0
     model, layer = load(options.shape, options.model, getattr(torch, options.dtype), options.device)
     hparams = hyper_params(model, layer, options.steps, options.device)
     console = Console(highlight=False)
@@ -67,3 +87,21 @@ def print_result(result: Result, console: Console) -> None:
     console.print(f"the two forms' losses differ by {result.loss_difference:.1e} at most")
     console.print(f"the engine's memory is {fast.memory / result.weight_bytes:.1f} × that of W in float32")
     console.print(f"the floor of a step is {result.floor:.4f} s; the engine takes {fast.step / result.floor:.1f} × as long")
+
+
+def print_metrics(result: MetricsBenchmark, console: Console) -> None:
+    """Show it as a table."""
+    table = Table(title=f"measuring {result.edits} edits, seconds an edit ({torch.get_num_threads()} threads on the CPU)")
+    for column in ("", "EasyEdit", "engine", "times faster"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {"rewrite, rephrase, locality, portability": result.forced, "all metrics": result.everything}
+    for name, cost in rows.items():
+        if cost:
+            table.add_row(name, f"{cost.easyedit:.3f}", f"{cost.engine:.3f}", f"{cost.ratio:.1f}")
+    console.print(table)
+    equal = result.figures - len(result.differing)
+    console.print(f"teacher-forced figures equal, prompt by prompt: {equal} of {result.figures}")
+    for prompt in result.differing[:5]:
+        console.print(f"  differs: {prompt}", markup=False)
+    if result.fluency:
+        console.print("fluency, mean: EasyEdit {:.3f} of prompt and text, engine {:.3f} of the text".format(*result.fluency))

@@ -26,7 +26,8 @@ examples:
   python run_kdpo.py report output hundred --metrics_save_dir both    (see report --help)
 """
 _NOT_BY_HAND = (
-    "sequential_edit", "eval_at", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text", "metrics_save_dir",
+    "sequential_edit", "eval_at", "orders", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text",
+    "metrics_save_dir",
     "overwrite", "save_model", "metrics", "context", "no_fluency", "ability_text",
 )  # fmt: skip
 
@@ -46,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="after how many sequential edits to measure all of them so far (default: powers of ten, and the end)",
+    )
+    what.add_argument(
+        "--orders",
+        type=int,
+        default=1,
+        metavar="K",
+        help="make the sequential edits in K orders, the given one and random ones by --seed: mean and spread (default: 1)",
     )
     what.add_argument(
         "--ablation",
@@ -119,36 +127,41 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     transformers_logging.disable_progress_bar()
     # Importing the bench imports EasyEdit, which takes a moment; --help should not.
     from ..bench import datasets
+    from ..bench.companions import companions, have_companions
     from ..bench.measuring import Measuring
     from ..bench.protocols import ablation, check, compare
-    from ..bench.schema import SEQUENTIAL, SINGLE
-    from ..easyedit.statistics import build_world
+    from ..bench.schema import SEQUENTIAL, SINGLE, in_order
     from ..method.statistics import Text
-    from ..models import world
     from ..report.charts import curve_chart, radar_chart
     from ..report.documents import write_documents
     from ..report.tables import print_ablation, print_examples, print_tables
 
     started = time.perf_counter()
     console = Console(markup=False, highlight=False)
-    in_world = options.hparams_dir in world.RECIPES
-    of_world = ["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"]
-    names = options.editing_method or (of_world if in_world and not options.ablation else ["KDPO"])
+    # A model that brings edits of its own is there for the main job: all of it, where nothing else is said.
+    main_job = have_companions(options.hparams_dir)
+    of_main_job = ["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"]
+    names = options.editing_method or (of_main_job if main_job and not options.ablation else ["KDPO"])
     methods = load_methods(names, options)
     if options.ablation:
         methods = ablation(methods[0].hparams)
-    if not options.data_dir and not in_world:
-        raise datasets.DatasetError("data_dir is missing: only the world brings edits of its own; name a benchmark file")
-    protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if in_world else [SINGLE]
+    if not options.data_dir and not main_job:
+        raise datasets.DatasetError("data_dir is missing: this model brings no edits of its own; name a benchmark file")
+    if options.orders > 1 and not (options.sequential_edit or options.ablation or main_job):
+        parser.error(f"--orders is {options.orders}, and single edits have no order; add --sequential_edit")
+    protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if main_job else [SINGLE]
+    protocols += [in_order(number) for number in range(2, options.orders + 1)]
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
-    stats_text = None
+    own = companions(options.hparams_dir, options.quiet) if main_job else None
+    stats_text, ability_texts = (own.stats_text, own.ability_texts) if own else (None, ())
     if options.stats_text:
         stats_text = Text(Path(options.stats_text).stem, datasets.read_passages(options.stats_text))
-    data = options.data_dir or build_world(world.RECIPES[options.hparams_dir], options.quiet).edits
+    if options.ability_text:
+        ability_texts = datasets.read_passages(options.ability_text)
     requests = datasets.load_requests(
-        data,
+        options.data_dir or own.edits,  # type: ignore[union-attr]
         options.datatype,
         size=options.ds_size or (None if options.data_dir or options.ablation else 20),
         shuffle=options.seed if options.shuffle else None,
@@ -171,9 +184,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         quiet=options.quiet,
         overwrite=options.overwrite,
         stats_text=stats_text,
-        data_name=Path(options.data_dir).name if options.data_dir else "the world's own edits",
+        data_name=Path(options.data_dir).name if options.data_dir else own.name,  # type: ignore[union-attr]
         how=Measuring(options.metrics, tuple(options.context), not options.no_fluency),
-        ability_texts=datasets.read_passages(options.ability_text) if options.ability_text else [],
+        ability_texts=ability_texts,
         **kept,
     )
     radar_chart(comparison, folder / "radar.png")
@@ -194,6 +207,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if options.ds_size is not None and options.ds_size < 1:
         parser.error(f"--ds_size is {options.ds_size}; allowed: a whole number, 1 or above")
+    if options.orders < 1:
+        parser.error(f"--orders is {options.orders}; allowed: a whole number, 1 or above")
     if min(options.eval_at or [1]) < 1:
         parser.error(f"--eval_at is {options.eval_at}; allowed: whole numbers, 1 or above")
     if options.ablation:

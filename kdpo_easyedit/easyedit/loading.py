@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..devices import device_name
-from ..models import world
+from ..models import packed, world
 from .host import ALG_DICT, EDITOR_LOG, BaseEditor, HostError, submodule
 from .hparams import filled_in
 from .statistics import build_world
@@ -106,7 +106,7 @@ def mend_loading() -> None:
         self.alg_name, self.apply_algo = hparams.alg_name, ALG_DICT[hparams.alg_name]
         if not EDITOR_LOG.handlers:
             submodule("editors.editor").make_logs()
-        vars(hparams).update(vars(_with_world(hparams)))
+        vars(hparams).update(vars(_found(hparams)))
         if isinstance(hparams.model_name, str):
             self.model, self.tok = load_model(hparams)
         else:
@@ -114,6 +114,8 @@ def mend_loading() -> None:
             if not getattr(hparams, "model_parallel", False) and not hasattr(self.model, "hf_device_map"):
                 check_device(hparams.device)
                 self.model.to(torch.device(device_name(hparams.device)))
+        if getattr(hparams, "use_chat_template", False) and not self.tok.chat_template:
+            raise HostError("use_chat_template is true, and the model's tokenizer has no chat template; allowed: false")
         self.tok.padding_side = "right" if hparams.alg_name in _PAD_RIGHT else "left"
         if getattr(hparams, "model_parallel", False):
             hparams.device = str(self.model.device)
@@ -129,7 +131,7 @@ def mend_loading() -> None:
 def _is_causal(hparams: Any) -> bool:
     """Whether ``hparams`` name a causal language model that :func:`load_model` can load; QLoRA's are quantised."""
     name = hparams.model_name
-    if not isinstance(name, str) or name in world.RECIPES:
+    if not isinstance(name, str) or name in world.RECIPES or packed.is_packed(name):
         return True
     if hparams.alg_name == "QLoRA" or any(api in name for api in ("gpt-3.5", "chatglm-api")):
         return False
@@ -141,8 +143,8 @@ def _is_causal(hparams: Any) -> bool:
 
 
 def in_place(hparams: Any) -> Any:
-    """A copy of ``hparams`` that means the same in whatever folder it is used: with absolute paths, and the world built."""
-    hparams = _with_world(hparams)
+    """A copy of ``hparams`` that means the same in whatever folder it is used: paths are absolute, packed models unpacked."""
+    hparams = _found(hparams)
     if isinstance(hparams.model_name, str) and Path(hparams.model_name).is_dir():
         hparams.model_name = str(Path(hparams.model_name).resolve())
     if hasattr(hparams, "stats_dir"):
@@ -150,12 +152,27 @@ def in_place(hparams: Any) -> Any:
     return hparams
 
 
-def _with_world(hparams: Any) -> Any:
-    """A copy of ``hparams``; where their model is the world, it is built and they name its folder and statistics."""
-    hparams = copy.copy(hparams)
-    if hparams.model_name in world.RECIPES:
-        built = build_world(world.RECIPES[hparams.model_name])
-        hparams.model_name = str(built.folder)
-        if hasattr(hparams, "stats_dir"):
-            hparams.stats_dir = str(built.statistics)
+def _found(hparams: Any) -> Any:
+    """A copy of ``hparams``; where their model is one that needs no hub, they name its folder, and its statistics'.
+
+    Raises:
+        HostError: it cannot be had.
+    """
+    hparams, name = copy.copy(hparams), hparams.model_name
+    if not isinstance(name, str):
+        return hparams
+    if name in world.RECIPES:
+        built = build_world(world.RECIPES[name])
+        folder, statistics = built.folder, built.statistics
+    elif packed.is_packed(name):
+        try:
+            folder = packed.model_folder(name)
+        except packed.ModelError as error:
+            raise HostError(str(error)) from None
+        statistics = folder / "stats"
+    else:
+        return hparams
+    hparams.model_name = str(folder)
+    if getattr(hparams, "stats_dir", None) in (name, world.NAME):
+        hparams.stats_dir = str(statistics)
     return hparams

@@ -49,7 +49,7 @@ _LEFT_OUT = {
     "EAMET": "cannot edit GPT-2, on which methods are tried out here",
     "MELO": "needs a second model, which tells prompts apart",
     "SimIE": "is a way to run another method, which it would have to load",
-    "ULTRAEDIT": "keeps the first model that it is given, and does not tell which weights it changed",
+    "ULTRAEDIT": "forgets its lifelong normaliser from edit to edit here, and does not tell which weights it changed",
 }
 
 

@@ -17,6 +17,7 @@ def mend() -> None:
     both.mend()
     _mend_metrics()
     _mend_block_outputs()
+    _mend_lora()
 
 
 def _mend_metrics() -> None:
@@ -64,3 +65,30 @@ def _mend_block_outputs() -> None:
             self._output = output
 
     nethook.Trace = Trace
+
+
+def _mend_lora() -> None:
+    """The release's LoRA appends an end token to the answer, and takes it for padding where the tokenizer pads with it.
+
+    It then trains on everything but the answer's first token. A request that is alone needs no padding.
+    """
+    module = submodule("models.lora.lora_main")
+    execute = module.execute_lora
+
+    class Unpadded:
+        pad_token_id = -1  # no token's
+
+        def __init__(self, tok: Any) -> None:
+            self.tok = tok
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.tok, name)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.tok(*args, **kwargs)
+
+    @wraps(execute)
+    def execute_lora(model: Any, tok: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        return execute(model, Unpadded(tok) if len(requests) == 1 else tok, requests, *args, **kwargs)
+
+    module.execute_lora = execute_lora

@@ -46,7 +46,8 @@ def build_world(recipe: world.Recipe = world.RECIPES[world.NAME], quiet: bool = 
             write(file, moments[name], folder, name, weights[name], text, recipe.samples, "float32")
     else:
         tok = AutoTokenizer.from_pretrained(built.folder)
-        make(model, tok, names, text, built.statistics, dataset=world.NAME, release=IS_RELEASE, quiet=quiet)
+        about: dict[str, Any] = {"dataset": world.NAME, "samples": recipe.samples, "release": IS_RELEASE}
+        make(model, tok, names, text, built.statistics, **about, quiet=quiet)
     return built
 
 

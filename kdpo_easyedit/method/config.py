@@ -125,6 +125,12 @@ def _count(value: Any) -> int:
     return value
 
 
+def _count_or_zero(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("a whole number, 0 or above")
+    return value
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true or false")
@@ -252,6 +258,19 @@ class KDPOHyperParams:
     )
     sequential_lr_scale: float = _field("what lr, or mom2_step, is multiplied by in sequential edits", _positive, 0.2)
     update_scale: float = _field("the share of the update that is applied; 2 repeats the release's doubling", _positive, 1.0)
+    margin: Any = _field(
+        "go on until the target leads the runner-up by so many logits at each of its positions; false: until it is said",
+        _positive_or_false,
+        False,
+    )
+    contexts: int = _field(
+        "texts, the model's own, before the prompt, in which the edit is made as well; 0: none", _count_or_zero, 0
+    )
+    positions: str = _field(
+        "KDPO+C: whose keys the change is built from: all, subject, subject_last (its last token)",
+        _one_of("all", "subject", "subject_last"),
+        "all",
+    )
     mom2_adjustment: bool = _field("KDPO+C: steps that change little of what W is used for; not the paper's", _flag, False)
     mom2_step: float = _field("KDPO+C: logits that a cycle's first step adds to the preference; lr is not used", _positive, 30)
     mom2_damping: float = _field("KDPO+C: λ, added to the statistics' diagonal, whose mean is 1", _positive, 0.01)
@@ -307,13 +326,24 @@ class KDPOHyperParams:
             for key, neutral in (("negatives", "teacher_forced"), ("weight_decay", 0), ("norm_constraint", False)):
                 if getattr(self, key) != neutral:
                     raise HParamsError(f"{key} is {getattr(self, key)!r}; allowed with mom2_adjustment: {neutral!r}")
+        elif self.positions != "all":
+            raise HParamsError(f"positions is {self.positions!r}; allowed without mom2_adjustment: 'all'")
+        if self.negatives == "autoregressive":
+            for key, neutral in (("margin", False), ("contexts", 0)):
+                if getattr(self, key) != neutral:
+                    raise HParamsError(f"{key} is {getattr(self, key)!r}; allowed with negatives: autoregressive: {neutral!r}")
 
     def for_model(self, model: torch.nn.Module) -> KDPOHyperParams:
         """These hyper-parameters with the module names filled in that were left out.
 
         Raises:
-            HParamsError: one was left out, and the model's architecture is not among :data:`.families.FAMILIES`.
+            HParamsError: one was left out, and the model's architecture is not among :data:`.families.FAMILIES`; or the
+                model is PEFT's wrapper.
         """
+        if hasattr(model, "get_base_model"):  # PEFT's wrapper has names, and sometimes a forward, of its own
+            raise HParamsError(
+                f"the model is a {type(model).__name__}; give model.get_base_model(), in which its adapters stay"
+            )
         family = family_of(model)
         missing = [key for key in _OF_FAMILY if getattr(self, key) is None]
         if missing and family is None:
@@ -331,10 +361,6 @@ class KDPOHyperParams:
         Raises:
             HParamsError: a layer or a template that the model does not have, or a projection that is not dense.
         """
-        if hasattr(model, "get_base_model"):  # PEFT's wrapper has names, and sometimes a forward, of its own
-            raise HParamsError(
-                f"the model is a {type(model).__name__}; give model.get_base_model(), in which the adapters stay"
-            )
         named, modules = self.for_model(model), dict(model.named_modules(remove_duplicate=False))
         for layer in sorted(self.layers):
             if named.layer_module_tmp.format(layer) not in modules:
@@ -374,16 +400,14 @@ def _dense_weight(name: str, module: torch.nn.Module) -> torch.nn.Parameter:
     weight = module._parameters.get("weight")
     if type(weight) is torch.nn.Parameter and weight.dtype in _DENSE and weight.dim() == 2:
         return weight
-    if weight is None and not hasattr(module, "weight") and not hasattr(module, "qweight"):
-        what = "has no weight"
-    elif isinstance(weight, torch.Tensor):
-        what = f"has a weight of {weight.dim()} dimensions, {type(weight).__name__} of {weight.dtype}"
+    if isinstance(weight, torch.Tensor):
+        what = f"whose weight is {weight.dim()}-dimensional, a {type(weight).__name__} of {weight.dtype}"
     else:
-        what = "keeps its weight in another form"
+        what = "without a weight of its own in the plain form"
     raise HParamsError(
-        f"rewrite_module_tmp leads to {name}, a {kind}, which {what}; allowed: a projection with a matrix in float32, float16, "
-        "bfloat16 or float64. A quantised model is to be loaded dense: by from_pretrained(…, dtype=torch.bfloat16) without "
-        "a quantization_config, of a GGUF file with GgufConfig(dequantize=True)"
+        f"rewrite_module_tmp leads to {name}, a {kind} {what}; allowed: a projection with a matrix in float32, float16, "
+        "bfloat16 or float64. A quantised model is to be loaded dense: by from_pretrained(…, dtype=torch.bfloat16) without a "
+        "quantization_config, and of a GGUF file with GgufConfig(dequantize=True)"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -16,15 +16,21 @@ from transformers import PreTrainedModel
 
 from . import kdpo_c
 from .config import HParamsError, KDPOHyperParams
+from .contexts import contexts, copy_contexts
 from .kdpo_c import SteepestDescent, Usage
 from .preference import (
     EditTokens,
     edit_tokens,
+    in_one_batch,
+    joined,
     normalised,
     pair_margin,
     preference_loss,
+    runners_up,
     sequence_margin,
+    subject_span,
     teacher_forced_negatives,
+    tokens_of,
 )
 from .replay import EditedWeights, Suffix, frozen, projecting_with
 from .weights import Weights, copy_notes, holds_edit, note_edit, read, runs_on, users, write
@@ -43,13 +49,17 @@ class EditTrace:
 
     Attributes:
         negatives: of every cycle, its T tokens to avoid: what the model said at its start, or, where the negatives are not
-            ``online``, at the edit's.
+            ``online``, at the edit's. With a ``margin``: the runners-up, of a target that leads them by it itself. With
+            ``contexts``, those of the prompt without a text before it.
         losses: of every cycle, the loss before every step, and the one that ended the cycle where one did.
-        token_accuracy: of every cycle, the share of the target's tokens that teacher forcing gave at its start.
+        token_accuracy: of every cycle, the share of the target's tokens that teacher forcing gave at its start,
+            over all contexts.
         steps: optimiser steps taken.
         final_token_accuracy: the same share after the last step.
-        ended: why: ``"the target is said"`` or ``"all cycles are used"``.
+        ended: why: ``"the target is said"``, with a ``margin`` ``"the target leads by the margin"``, or
+            ``"all cycles are used"``.
         sequential: whether the steps were those of edits that follow one another: scaled by ``sequential_lr_scale``.
+        lead: with a ``margin``, by how many logits the target leads the runner-up after the last step, where it does least.
     """
 
     negatives: list[list[int]] = field(default_factory=list)
@@ -59,6 +69,7 @@ class EditTrace:
     final_token_accuracy: float = 0.0
     ended: str = "all cycles are used"
     sequential: bool = False
+    lead: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The trace as plain lists and numbers, for JSON."""
@@ -89,7 +100,7 @@ def apply_kdpo_to_model(
         model: a causal language model of transformers; edited in place.
         tok: its tokenizer.
         requests: each with ``prompt`` and ``target_new``, taken as :func:`.preference.normalised` has them; of EasyEdit's other
-            keys only a ``subject`` is read, for a prompt with ``{}``.
+            keys only a ``subject`` is read, for a prompt with ``{}`` and for ``positions``.
         hparams: the hyper-parameters.
         copy: edit a deep copy instead.
         return_orig_weights: return the weights as they were.
@@ -104,15 +115,17 @@ def apply_kdpo_to_model(
     Raises:
         HParamsError: a hyper-parameter that is wrong in itself or does not fit the model, or a model that cannot be edited.
         EditFailed: a loss or a weight that is not finite.
-        ValueError: a request without a prompt or a target, or one that the model has no room for.
+        ValueError: a request without a prompt or a target, or without the subject that ``positions`` needs, or one that the
+            model has no room for.
     """
     if isinstance(requests, (str, Mapping)):
         raise ValueError(f"requests is a {type(requests).__name__}; allowed: a list of requests, also of one")
-    complete = [normalised(request) for request in requests]
-    hparams = _for_model(model, hparams, len(complete))
+    complete = [_complete(request, hparams) for request in requests]
+    hparams = _checked(model, hparams, len(complete))
     if copy:
         original, model = model, deepcopy(model)
         copy_notes(original, model)
+        copy_contexts(original, model)
         kdpo_c.copy_knowledge(original, model)
     originals = {name: weight.clone() for name, weight in read(model, hparams.edited_parameters(model)).items()}
     usages = kdpo_c.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
@@ -148,8 +161,8 @@ def execute_kdpo(
     Raises:
         HParamsError, EditFailed, ValueError: as :func:`apply_kdpo_to_model`.
     """
-    complete = normalised(request)
-    hparams = _for_model(model, hparams, 1)
+    complete = _complete(request, hparams)
+    hparams = _checked(model, hparams, 1)
     usages = kdpo_c.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
     weights, trace, _ = execute(model, tok, complete, hparams, usages)
     return weights, trace
@@ -158,12 +171,13 @@ def execute_kdpo(
 def execute(
     model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams, usages: dict[str, Usage]
 ) -> tuple[Weights, EditTrace, dict[str, Usage]]:
-    """:func:`execute_kdpo`, of a request and hyper-parameters that are complete.
+    """:func:`execute_kdpo`, of a request as :func:`.preference.normalised` gives it and hyper-parameters that were checked.
 
     KDPO+C is told what the projections are used for, and tells it with this edit among it.
     """
+    hparams = hparams.for_model(model)
     originals = read(model, hparams.edited_parameters(model))
-    trace = EditTrace(sequential=hparams.sequential_edit)
+    trace = EditTrace(sequential=bool(hparams.sequential_edit))
     try:
         weights, usages = _edited(model, tok, request, hparams, originals, usages, trace)
     except _NotFinite as what:
@@ -191,46 +205,42 @@ def _edited(
     usages: dict[str, Usage],
     trace: EditTrace,
 ) -> tuple[Weights, dict[str, Usage]]:
-    edit = edit_tokens(tok, request["prompt"], request["target_new"], runs_on(model.get_input_embeddings()))
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room and edit.input_ids.shape[1] > room:
-        raise ValueError(
-            f"prompt and target_new have {edit.input_ids.shape[1]} tokens, and the model takes {room}: {request['prompt']!r}"
-        )
+    edits, at = _sequences(model, tok, request, hparams)
 
     # θ: W alone. Everything else is frozen. The loss is scaled for float16's narrow range.
     scale = 4096 if any(original.dtype == torch.float16 for original in originals.values()) else 1
     update: _Adam | SteepestDescent
     if hparams.mom2_adjustment:
-        update = SteepestDescent(model, originals, usages, hparams, scale)
+        update = SteepestDescent(model, originals, usages, hparams, scale, at)
     else:
         update = _Adam(model, originals, hparams, scale)
 
     make_preference = _TeacherForced if hparams.negatives == "teacher_forced" else _Autoregressive
-    with torch.enable_grad(), frozen(model), make_preference(model, edit, originals, hparams) as preference:
+    with torch.enable_grad(), frozen(model), make_preference(model, edits, originals, hparams) as preference:
         for _ in range(hparams.cycles):
-            negatives, accuracy = preference.renew(update.weights)
+            negatives, now = preference.renew(update.weights)
             trace.negatives.append(negatives.tolist())
-            trace.token_accuracy.append(accuracy)
+            trace.token_accuracy.append(now.accuracy)
             trace.losses.append([])
-            if accuracy == 1:
-                trace.ended = "the target is said"
+            if now.holds(hparams.margin):
+                trace.ended = "the target leads by the margin" if hparams.margin else "the target is said"
                 break
 
             reference_margin = preference.reference_margin()
             update.begin_cycle()
             for _ in range(hparams.num_steps):
-                loss = preference_loss(preference.margin(update.weights), reference_margin, hparams.beta)
+                losses = preference_loss(preference.margin(update.weights), reference_margin, hparams.beta)
+                loss = losses.mean()
                 trace.losses[-1].append(loss.item())
                 if not math.isfinite(loss.item()):
                     raise _NotFinite(f"the loss is {loss.item()}")
-                if loss.item() < hparams.stop_crit:
+                if loss.item() < hparams.stop_crit or preference.led:
                     break
-                update.step(loss)
+                update.step(losses)
                 trace.steps += 1
         else:
-            _, accuracy = preference.renew(update.weights)
-        trace.final_token_accuracy = accuracy
+            _, now = preference.renew(update.weights)
+        trace.final_token_accuracy, trace.lead = now.accuracy, now.lead
 
     weights = update.result()
     if hparams.update_scale != 1:
@@ -240,6 +250,47 @@ def _edited(
         if not torch.isfinite(weight).all():
             raise _NotFinite(f"{name} has numbers beyond those of {weight.dtype}")
     return weights, update.usages() if isinstance(update, SteepestDescent) else {}
+
+
+def _complete(request: Mapping[str, Any], hparams: KDPOHyperParams) -> dict[str, Any]:
+    complete = normalised(request)
+    if hparams.positions != "all":
+        subject_span(complete)
+    return complete
+
+
+def _sequences(
+    model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams
+) -> tuple[list[EditTokens], Tensor | None]:
+    """What an edit is made on: the prompt, and the same after each text of ``contexts`` where the model has room for it.
+
+    Returns:
+        Prompt and target as tokens, the plain prompt first, all with the same target; and where KDPO+C's change is built from:
+        in the batch of all but the last of every sequence's tokens, flattened, int64 ``[n]``. None: all of it.
+    """
+    prompt, target = request["prompt"], request["target_new"]
+    device = runs_on(model.get_input_embeddings())
+    plain = edit_tokens(tok, prompt, target, device)
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and plain.input_ids.shape[1] > room:
+        raise ValueError(
+            f"prompt and target_new have {plain.input_ids.shape[1]} tokens, and the model takes {room}: {prompt!r}"
+        )
+    edits = {"": plain}
+    for text in contexts(model, tok, hparams.contexts):
+        edit = edit_tokens(tok, f"{text}. {prompt}", target, device)
+        if torch.equal(edit.targets, plain.targets) and not (room and edit.input_ids.shape[1] > room):
+            edits[f"{text}. "] = edit
+    if len(edits) == 1 and hparams.positions == "all":
+        return [plain], None
+
+    width, at = max(edit.input_ids.shape[1] for edit in edits.values()) - 1, []
+    for row, (before, edit) in enumerate(edits.items()):
+        start, end = (0, len(joined(prompt, target))) if hparams.positions == "all" else subject_span(request)
+        found = tokens_of(tok, joined(before + prompt, target), len(before) + start, len(before) + end)
+        found = [place for place in found if place < edit.input_ids.shape[1] - 1]
+        at += [row * width + place for place in (found[-1:] if hparams.positions == "subject_last" else found)]
+    return list(edits.values()), torch.tensor(at)
 
 
 class _Adam:
@@ -267,8 +318,8 @@ class _Adam:
     def begin_cycle(self) -> None:
         """Adam's state is kept."""
 
-    def step(self, loss: Tensor) -> None:
-        gradients = torch.autograd.grad(self.scale * loss, list(self.weights.values()))
+    def step(self, losses: Tensor) -> None:
+        gradients = torch.autograd.grad(self.scale * losses.mean(), list(self.weights.values()))
         for weight, gradient in zip(self.weights.values(), gradients):
             weight.grad = gradient
         self.optimizer.step()
@@ -279,17 +330,40 @@ class _Adam:
         return {name: weight.detach() for name, weight in self.weights.items()}
 
 
+@dataclass(frozen=True)
+class _State:
+    """How far an edit has come: :class:`EditTrace`'s ``token_accuracy`` and ``lead``."""
+
+    accuracy: float
+    lead: float | None = None
+
+    def holds(self, margin: float | bool) -> bool:
+        return self.accuracy == 1 and (not margin or (self.lead is not None and self.lead >= margin))
+
+
 class _TeacherForced:
     """KDPO: the negative is what the model says at every position, given the target up to there.
 
-    One sequence serves every cycle, so what lies below W is recorded once an edit.
+    The same sequences serve every cycle, so what lies below W is recorded once an edit.
+
+    Attributes:
+        led: with a ``margin``, whether the target had it over all of the cycle's negatives when :meth:`margin` was last asked.
     """
 
-    def __init__(self, model: PreTrainedModel, edit: EditTokens, originals: Weights, hparams: KDPOHyperParams) -> None:
+    def __init__(
+        self, model: PreTrainedModel, edits: Sequence[EditTokens], originals: Weights, hparams: KDPOHyperParams
+    ) -> None:
+        lengths = [edit.prompt_length for edit in edits]
         self.suffix = Suffix(
-            model, originals, hparams.layer_module_tmp, hparams.mlp_module_tmp, edit.input_ids, edit.prompt_length
+            model,
+            originals,
+            hparams.layer_module_tmp,
+            hparams.mlp_module_tmp,
+            in_one_batch(edits),
+            lengths if len(edits) > 1 else lengths[0],
         )
-        self.targets = edit.targets
+        self.targets = edits[0].targets
+        self.lead, self.led = hparams.margin, False
         self.online = hparams.online
         self.one_use = hparams.mom2_adjustment  # whose keys are those of one
         self.negatives: Tensor
@@ -306,25 +380,34 @@ class _TeacherForced:
     def __exit__(self, *_: object) -> None:
         self.suffix.__exit__()
 
-    def renew(self, weights: EditedWeights) -> tuple[Tensor, float]:
-        """The cycle's negatives, int64 ``[T]``, and the share of the target that the model says now."""
+    def renew(self, weights: EditedWeights) -> tuple[Tensor, _State]:
+        """The cycle's negatives, int64 ``[T]``, those of the first sequence, and how far the edit has come."""
         if self.first:  # the weights are still the model's own
             logits = self.suffix.own_logits
         else:
             with torch.no_grad():
                 logits = self.suffix.target_logits(weights)
-        said, accuracy = _said(logits[0], self.targets)
-        targets = self.targets.to(said.device)
+        negatives, accuracy = _said(logits, self.targets)
+        targets, lead = self.targets.to(negatives.device).expand_as(negatives), None
+        if self.lead:
+            others, leads = runners_up(logits, self.targets)
+            negatives, lead = torch.where(leads >= self.lead, targets, others), leads.min().item()
         if self.first or self.online:
-            self.negatives, self.pairs = said, torch.stack((targets, said), dim=-1)
+            self.negatives, self.pairs = negatives, torch.stack((targets, negatives), dim=-1)
+            self.asked = negatives != targets
         self.first = False
-        return self.negatives, accuracy
+        return self.negatives[0], _State(accuracy, lead)
 
     def reference_margin(self) -> Tensor:
-        return pair_margin(self.suffix.own_logits[0].gather(-1, self.pairs))
+        """Of every sequence that has a negative."""
+        return pair_margin(self.suffix.own_logits.gather(-1, self.pairs))[self.asked.any(-1)]
 
     def margin(self, weights: EditedWeights) -> Tensor:
-        return pair_margin(self.suffix.pair_logits(weights, self.pairs))
+        logits = self.suffix.pair_logits(weights, self.pairs)
+        if self.lead:
+            chosen, rejected = logits.detach()[self.asked].unbind(-1)
+            self.led = bool((chosen - rejected >= self.lead).all())
+        return pair_margin(logits)[self.asked.any(-1)]
 
 
 class _Autoregressive:
@@ -333,8 +416,12 @@ class _Autoregressive:
     Every answer is a sequence of its own, so what lies below W is recorded once an answer, for both in one batch.
     """
 
-    def __init__(self, model: PreTrainedModel, edit: EditTokens, originals: Weights, hparams: KDPOHyperParams) -> None:
-        self.model, self.edit, self.originals, self.hparams = model, edit, originals, hparams
+    led = False
+
+    def __init__(
+        self, model: PreTrainedModel, edits: Sequence[EditTokens], originals: Weights, hparams: KDPOHyperParams
+    ) -> None:
+        self.model, (self.edit,), self.originals, self.hparams = model, edits, originals, hparams
         self.projections = {name: users(model, name) for name in originals}
         self.replay = ExitStack()
         self.negative: Tensor | None = None
@@ -346,12 +433,12 @@ class _Autoregressive:
     def __exit__(self, *_: object) -> None:
         self.replay.close()
 
-    def renew(self, weights: EditedWeights) -> tuple[Tensor, float]:
-        """The cycle's greedy answer, int64 ``[T]``, and the share of the target that teacher forcing gives now."""
+    def renew(self, weights: EditedWeights) -> tuple[Tensor, _State]:
+        """The cycle's greedy answer, int64 ``[T]``, and how far the edit has come by teacher forcing."""
         if self.negative is None or self.hparams.online:
             self.negative = self._answer(weights)
         self.logits = self.suffix.target_logits(weights)
-        return self.negative, _said(self.logits[0], self.edit.targets)[1]
+        return self.negative, _State(_said(self.logits[0], self.edit.targets)[1])
 
     def _answer(self, weights: EditedWeights) -> Tensor:
         """A new greedy answer, int64 ``[T]``, with what a step replays for it and the target."""
@@ -415,25 +502,24 @@ def _scale(weights: Weights, originals: Weights, scale: float) -> None:
 
 
 def _said(logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-    """What a model says by its logits, ``[T, V]``, and the share of it that is the target."""
+    """What a model says by its logits, ``[…, T, V]``, and the share of it that is the target."""
     said = teacher_forced_negatives(logits)
     if not torch.isfinite(logits.gather(-1, said.unsqueeze(-1))).all():  # the largest, or one that is no number
         raise _NotFinite("the model's logits are not finite")
-    return said, (said == targets.to(said.device)).sum().item() / len(said)
+    return said, (said == targets.to(said.device)).sum().item() / said.numel()
 
 
-def _for_model(model: PreTrainedModel, hparams: KDPOHyperParams, requests: int) -> KDPOHyperParams:
-    """The hyper-parameters, checked, with what was left out: module names, and whether edits follow one another.
+def _checked(model: PreTrainedModel, hparams: KDPOHyperParams, requests: int) -> KDPOHyperParams:
+    """The hyper-parameters, checked, and with whether edits follow one another, where they leave it out.
 
     Raises:
-        HParamsError: they are wrong in themselves, or the model cannot be edited.
+        HParamsError: they are wrong in themselves, or the model can have no gradients.
     """
     hparams.validate()
     if any(tensor.is_inference() for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise HParamsError(
             f"{type(model).__name__} was made under torch.inference_mode, so that it cannot have gradients; load it outside"
         )
-    hparams = hparams.for_model(model)
     if hparams.sequential_edit is None:
         hparams = replace(hparams, sequential_edit=requests > 1 or holds_edit(model))
     return hparams

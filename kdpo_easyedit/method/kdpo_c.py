@@ -81,34 +81,40 @@ class Usage:
 class Change:
     """A change of one projection, Δ = Aᵀ K S, in an edit under way.
 
+    Args:
+        usage: what the projection is used for.
+        at: the rows of its input, int64 ``[n]``, that Δ is built from; None: all of them. Δ is added everywhere.
+
     Attributes:
-        keys: K, what the projection is given at the edit's start; float32, ``[L, in]``. None before the first run.
-        basis: K S; float32, ``[L, in]``.
-        coefficients: A; float32, ``[L, out]``.
-        nudge: zeros, ``[L, out]``, whose gradient is the loss's at the projection's output.
+        keys: K, what the projection is given there at the edit's start; float32, ``[n, in]``. None before the first run.
+        basis: K S; float32, ``[n, in]``.
+        coefficients: A; float32, ``[n, out]``.
+        nudge: zeros, ``[n, out]``, whose gradient is the loss's at the projection's output.
     """
 
     basis: Tensor
     coefficients: Tensor
     nudge: Tensor
 
-    def __init__(self, usage: Usage) -> None:
-        self.usage = usage
+    def __init__(self, usage: Usage, at: Tensor | None = None) -> None:
+        self.usage, self.at = usage, at
         self.keys: Tensor | None = None
 
     def added_to(self, output: Tensor, keys: Tensor) -> Tensor:
-        """The changed projection's output, from its own and its input: ``[1, L, out]`` and ``[1, L, in]``."""
+        """The changed projection's output, from its own and its input: ``[B, L, out]`` and ``[B, L, in]``."""
         now = keys.to(output.device).flatten(0, -2).float()
         if self.keys is None:  # nothing is changed yet
-            self.keys = now.detach()
+            self.at = None if self.at is None else self.at.to(now.device)
+            self.keys = now.detach() if self.at is None else now.detach()[self.at]
             self.basis = self.usage.times(self.keys.cpu()).to(now.device)
-            self.coefficients = now.new_zeros(len(now), output.shape[-1])
+            self.coefficients = now.new_zeros(len(self.keys), output.shape[-1])
             self.nudge = torch.zeros_like(self.coefficients, requires_grad=True)
-        change = now @ self.basis.T @ self.coefficients + self.nudge
+        change = now @ self.basis.T @ self.coefficients
+        change = change + self.nudge if self.at is None else change.index_add(0, self.at, self.nudge)
         return output + change.to(output.dtype).view_as(output)
 
     def metric(self, gradient: Tensor) -> float:
-        """tr(G S Gᵀ), from the gradient at the output, ``[L, out]``."""
+        """tr(G S Gᵀ), from the gradient at the output, ``[n, out]``."""
         assert self.keys is not None
         return (gradient * (self.keys @ self.basis.T @ gradient)).sum().item()
 
@@ -121,38 +127,46 @@ class SteepestDescent:
     """KDPO+C's optimiser. A cycle's first step raises the preference's margin by ``mom2_step`` logits, to first order; in
     sequential edits by less, as KDPO's steps are smaller then.
 
-    A step's size so means the same for every model, layer and damping. The cycle's later steps have the same rate η, and the
-    loss's gradient shrinks them as the preference is learnt.
+    A step's size so means the same for every model, layer and damping; of several sequences it is what their margins gain in
+    the mean. The cycle's later steps have the same rate η, and the loss's gradient shrinks them as the preference is learnt.
 
     Attributes:
         weights: the changes, by the names of the weights.
     """
 
     def __init__(
-        self, model: nn.Module, originals: Weights, usages: Mapping[str, Usage], hparams: KDPOHyperParams, scale: float
+        self,
+        model: nn.Module,
+        originals: Weights,
+        usages: Mapping[str, Usage],
+        hparams: KDPOHyperParams,
+        scale: float,
+        at: Tensor | None = None,
     ) -> None:
         self.model, self.originals, self.hparams = model, originals, hparams
-        self.weights = {name: Change(usage) for name, usage in usages.items()}
+        self.weights = {name: Change(usage, at) for name, usage in usages.items()}
         self.scale = scale
         self.rate: float | None = None
 
     def begin_cycle(self) -> None:
         self.rate = None
 
-    def step(self, loss: Tensor) -> None:
+    def step(self, losses: Tensor) -> None:
+        """A step down the mean of the losses, ``[B]``."""
         changes = list(self.weights.values())
-        gradients = [g / self.scale for g in torch.autograd.grad(self.scale * loss, [c.nudge for c in changes])]
+        gradients = [g / self.scale for g in torch.autograd.grad(self.scale * losses.mean(), [c.nudge for c in changes])]
         if self.rate is None:
-            self.rate = self._rate(changes, gradients, loss.item())
+            self.rate = self._rate(changes, gradients, losses.tolist())
         for change, gradient in zip(changes, gradients):
             change.coefficients -= self.rate * gradient
 
-    def _rate(self, changes: Sequence[Change], gradients: Sequence[Tensor], loss: float) -> float:
-        """A step of rate η lowers the loss L by η tr(G S Gᵀ), and L = −log σ(β · margin) has the slope −β (1 − exp −L)."""
+    def _rate(self, changes: Sequence[Change], gradients: Sequence[Tensor], losses: Sequence[float]) -> float:
+        """A step of rate η lowers their mean by η tr(G S Gᵀ), and L = −log σ(β · margin) has the slope −β (1 − exp −L)."""
         metric = sum(change.metric(gradient) for change, gradient in zip(changes, gradients))
         logits = self.hparams.mom2_step * self.hparams.step_scale
         # What is not a number makes one that is not, which ends the edit.
-        return 0.0 if metric <= 0 else logits * self.hparams.beta * -math.expm1(-loss) / metric
+        slope = sum(-math.expm1(-loss) for loss in losses) / len(losses)
+        return 0.0 if metric <= 0 else logits * self.hparams.beta * slope / metric
 
     def result(self) -> dict[str, Tensor]:
         """The new weights, float32, as the model stores them."""

@@ -7,7 +7,8 @@ T is the number of target tokens, V the size of the vocabulary. Everything follo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +146,34 @@ def edit_tokens(tok: Any, prompt: str, target: str, device: torch.device | str =
     return EditTokens(torch.tensor([ids], device=device), length)
 
 
+def in_one_batch(edits: Sequence[EditTokens]) -> Tensor:
+    """The sequences of an edit, int64, ``[B, L]``; shorter ones are padded on their right, where nothing that counts sees."""
+    length = max(edit.input_ids.shape[1] for edit in edits)
+    return torch.cat([F.pad(edit.input_ids, (0, length - edit.input_ids.shape[1])) for edit in edits])
+
+
+def tokens_of(tok: Any, text: str, start: int, end: int) -> list[int]:
+    """The places of the tokens that hold a part of ``text[start:end]``, in the text's tokens as :func:`prompt_ids` has them."""
+    offsets = tok(text, return_offsets_mapping=True)["offset_mapping"]
+    return [i for i, (first, last) in enumerate(offsets) if max(first, start) < min(last, end)]
+
+
+def subject_span(request: Mapping[str, Any]) -> tuple[int, int]:
+    """From where to where the subject stands in a :func:`normalised` request's prompt, the last time that it does.
+
+    Raises:
+        ValueError: it does not.
+    """
+    prompt, subject = request["prompt"], request.get("subject")
+    stripped = subject.strip() if isinstance(subject, str) else ""
+    found = prompt.rfind(stripped)
+    if not stripped or found < 0:
+        raise ValueError(
+            f"a request's subject is {subject!r:.100}, and has to stand in its prompt, {prompt!r}, where positions is not 'all'"
+        )
+    return found, found + len(stripped)
+
+
 def teacher_forced_negatives(target_logits: Tensor) -> Tensor:
     """What the model says now at every target position, given the target up to there: n_t = argmax π(· | x, y_<t).
 
@@ -157,6 +186,22 @@ def teacher_forced_negatives(target_logits: Tensor) -> Tensor:
     return target_logits.argmax(-1)
 
 
+def runners_up(target_logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model would say at every target position if it could not say the target.
+
+    Args:
+        target_logits: as for :func:`teacher_forced_negatives`, ``[…, T, V]``.
+        targets: the target's tokens, int64, ``[T]``.
+
+    Returns:
+        Token numbers, int64, and by how many logits the target leads them, float32, both ``[…, T]``; below 0 where the model
+        does not say the target.
+    """
+    targets = targets.to(target_logits.device).expand(target_logits.shape[:-1]).unsqueeze(-1)
+    best, token = target_logits.scatter(-1, targets, -math.inf).max(-1)
+    return token, target_logits.gather(-1, targets).squeeze(-1).float() - best.float()
+
+
 def pair_margin(pair_logits: Tensor) -> Tensor:
     """How far the model prefers the target to the negatives: Σ_t log π(y_t | x, y_<t) − log π(n_t | x, y_<t).
 
@@ -164,13 +209,13 @@ def pair_margin(pair_logits: Tensor) -> Tensor:
     difference of two logits. A pair with n_t = y_t adds exactly 0.
 
     Args:
-        pair_logits: the logits of y_t and of n_t, shape ``[T, 2]``.
+        pair_logits: the logits of y_t and of n_t, shape ``[…, T, 2]``.
 
     Returns:
-        A float32 scalar.
+        Float32, ``[…]``.
     """
     chosen, rejected = pair_logits.float().unbind(-1)
-    return (chosen - rejected).sum()
+    return (chosen - rejected).sum(-1)
 
 
 def sequence_margin(logits: Tensor, sequences: Tensor) -> Tensor:
@@ -192,11 +237,11 @@ def preference_loss(margin: Tensor, reference_margin: Tensor, beta: float) -> Te
     """KDPO's loss, and DPO's (arXiv 2305.18290, equation 7): −log σ(β (margin − reference margin)).
 
     Args:
-        margin: how far the model that is edited prefers target to negative; scalar.
-        reference_margin: the same for the model as it stood when the edit began; scalar.
+        margin: how far the model that is edited prefers target to negative; a number a sequence.
+        reference_margin: the same for the model as it stood when the edit began.
         beta: strength of the preference.
 
     Returns:
-        A scalar, log 2 where the two margins are equal.
+        A number a sequence, log 2 where the two margins are equal.
     """
     return -F.logsigmoid(beta * (margin - reference_margin))

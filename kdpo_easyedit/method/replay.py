@@ -90,8 +90,8 @@ class Suffix:
         weights: the edited weights by name, lowest layer first, as they stand in the model.
         layer_template: a decoder layer's name with ``{}`` for its number.
         mlp_template: that of its MLP.
-        input_ids: int64, ``[B, L]``.
-        prompt_length: P; positions P−1 … L−2 predict the T = L − P target tokens.
+        input_ids: int64, ``[B, L]``. A shorter sequence is padded on its right, where nothing before the padding sees it.
+        prompt_length: P, of every sequence or of each; positions P−1 … P+T−2 predict the T target tokens, the longest's last.
 
     Attributes:
         own_logits: what the model as it stands gives at the target's positions, ``[B, T, V]``: the reference.
@@ -116,7 +116,7 @@ class Suffix:
         layer_template: str,
         mlp_template: str,
         input_ids: Tensor,
-        prompt_length: int,
+        prompt_length: int | Sequence[int],
     ) -> None:
         self.model = model
         self.weights = weights
@@ -124,7 +124,7 @@ class Suffix:
         self.layer_template = layer_template
         self.mlp_template = mlp_template
         self.input_ids = input_ids[:, :-1]  # nothing is predicted from the last token
-        self.positions = slice(prompt_length - 1, None)
+        self.at: tuple[Any, Any] = _predicting(prompt_length, self.input_ids.shape[1])
         self.replays = False
         self._lowest_input: Tensor | None = None
         self._last_mlp: nn.Module | None = None
@@ -154,22 +154,23 @@ class Suffix:
     def target_logits(self, weights: EditedWeights) -> Tensor:
         """The logits that predict the target's tokens, by the full output layer: ``[B, T, V]``."""
         with projecting_with(self.projections, weights, self._lowest_input):
-            return self._forward(self._output_forward) if self.replays else self._forward()[:, self.positions]
+            return self._forward(self._output_forward) if self.replays else self._forward()[self.at]
 
     def pair_logits(self, weights: EditedWeights, pairs: Tensor) -> Tensor:
         """The logits of two tokens a position, from two rows of the output layer.
 
         Args:
             weights: W, as float32 leaves, or changes of it; the result has a gradient to them.
-            pairs: int64, ``[T, 2]``. The batch is one sequence.
+            pairs: int64, ``[B, T, 2]``, or ``[T, 2]`` of one sequence.
 
         Returns:
-            Float32, ``[T, 2]``.
+            Float32, of the same shape.
         """
+        of_batch = pairs if pairs.dim() == 3 else pairs.unsqueeze(0)
         if not self.replays:
-            return self.target_logits(weights)[0].gather(-1, pairs).float()
+            return self.target_logits(weights).gather(-1, of_batch).float().view_as(pairs)
         with projecting_with(self.projections, weights, self._lowest_input):
-            return self._forward(lambda hidden: self._rows(hidden, pairs))[0]
+            return self._forward(lambda hidden: self._rows(hidden, of_batch)).view_as(pairs)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -185,19 +186,19 @@ class Suffix:
         if hidden.dim() != 3 or hidden.shape[1] != self.input_ids.shape[1]:
             raise CannotReplay("its output layer is not given the hidden states of all positions")
         # With a slice's strides, torch would multiply batch by batch, and copy the output layer for it.
-        return hidden[:, self.positions].clone(memory_format=torch.contiguous_format)
+        return hidden[self.at].clone(memory_format=torch.contiguous_format)
 
     def _rows(self, hidden: Tensor, pairs: Tensor) -> Tensor:
-        """Two rows of the output layer a position, in float32: ``[1, T, d]`` → ``[1, T, 2]``."""
+        """Two rows of the output layer a position, in float32: ``[B, T, d]`` → ``[B, T, 2]``."""
         weight = self._output_layer.weight
         if weight.is_meta or type(self._output_layer) is not nn.Linear:
             # Offloaded, or more than its weight: only the module's own forward knows its rows.
             logits = self._output_forward(hidden)
-            return logits.gather(-1, pairs.to(logits.device).unsqueeze(0)).float()
+            return logits.gather(-1, pairs.to(logits.device)).float()
         hidden, pairs = hidden.to(weight.device), pairs.to(weight.device)  # of a model on several devices
-        logits = (weight[pairs].float() * hidden[0].float().unsqueeze(1)).sum(-1)
+        logits = (weight[pairs].float() * hidden.float().unsqueeze(-2)).sum(-1)
         bias = getattr(self._output_layer, "bias", None)
-        return (logits if bias is None else logits + bias[pairs].float()).unsqueeze(0)
+        return logits if bias is None else logits + bias[pairs].float()
 
     def _record(self) -> None:
         """One pass of the model as it is, which keeps what W cannot change."""
@@ -270,7 +271,7 @@ class Suffix:
         def narrowed(hidden: Tensor) -> Tensor:
             at_target = forward(self._at_target(hidden))
             output = torch.zeros_like(hidden, device=at_target.device)
-            output[:, self.positions] = at_target
+            output[self.at] = at_target
             return output
 
         return narrowed
@@ -279,12 +280,9 @@ class Suffix:
         versions = [tensor._version for tensor in self._kept_tensors()]
         own = self.own_logits.float()
         try:
-            if len(own) == 1:
-                pairs = torch.stack((own[0].argmax(-1), own[0].argmin(-1)), dim=-1)
-                own = own[0].gather(-1, pairs)
-                replayed = self.pair_logits(self.weights, pairs)
-            else:
-                replayed = self.target_logits(self.weights).float()
+            pairs = torch.stack((own.argmax(-1), own.argmin(-1)), dim=-1)
+            own = own.gather(-1, pairs)
+            replayed = self.pair_logits(self.weights, pairs)
         except Exception as error:  # whatever a model's code does not like of being replayed
             raise CannotReplay("its layers cannot be run on their own:", f"{type(error).__name__}: {error}") from error
         if versions != [tensor._version for tensor in self._kept_tensors()]:
@@ -313,7 +311,7 @@ class Suffix:
                 f"{type(self.model).__name__} gives logits of shape {list(logits.shape)} for {self.input_ids.shape[1]} tokens; "
                 "an edit needs those of every position"
             )
-        self.own_logits = logits[:, self.positions]
+        self.own_logits = logits[self.at]
         differing = self._differing(self.own_logits.float(), self.target_logits(self.weights).float())
         if differing:
             kinds = ", ".join(sorted({type(m).__name__ for modules in self.projections.values() for m in modules}))
@@ -362,6 +360,14 @@ class Suffix:
     def _kept_tensors(self) -> list[Tensor]:
         kept = (self._lowest_input, *self._constant_outputs.values())
         return [t for k in kept for t in (k if isinstance(k, (tuple, list)) else (k,)) if isinstance(t, Tensor)]
+
+
+def _predicting(prompt_length: int | Sequence[int], length: int) -> tuple[Any, Any]:
+    """Where, in a tensor ``[B, L − 1, …]``, the target is predicted from: an index that leads to ``[B, T, …]``."""
+    if isinstance(prompt_length, int):
+        return slice(None), slice(prompt_length - 1, None)
+    first = torch.tensor(prompt_length).unsqueeze(-1)
+    return torch.arange(len(first)).unsqueeze(-1), torch.arange(length - first.max().item() + 1) + first - 1
 
 
 def _returning(output: Any) -> Callable[..., Any]:

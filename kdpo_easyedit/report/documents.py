@@ -12,7 +12,7 @@ from ..bench.runs import RunError
 from ..files import whole
 from .page import page
 from .results import Results, read_results
-from .tables import COLUMNS, NOTES, PROTOCOLS, Cell, measured, remarks, significance, tables, title
+from .tables import COLUMNS, NOTES, Cell, measured, protocol_title, remarks, significance, tables, title
 
 _PAGE, _TEXT, _LATEX = "report.html", "summary.md", "summary.tex"
 
@@ -61,7 +61,7 @@ def markdown(results: Sequence[Results]) -> str:
         for protocol, methods in tables(result.comparison).items():
             columns = measured(methods)
             headings = [", ".join(filter(None, COLUMNS[key])) for key in columns]
-            lines += [f"{result.comparison.before.n_edits} {PROTOCOLS[protocol]}:", ""]
+            lines += [f"{result.comparison.before.n_edits} {protocol_title(protocol)}:", ""]
             lines += [_row(["method", *headings]), _row(["---", *(["---:"] * len(columns))])]
             for method, cells in methods.items():
                 lines.append(_row([_markdown(method), *(_markdown_cell(cells[key]) for key in columns)]))
@@ -107,7 +107,7 @@ def _latex_table(result: Results, protocol: str, methods: Mapping[str, Mapping[s
         intervals = (cells[key].interval for key in columns)
         body.append(" & ".join([_latex(method), *(_latex_cell(cells[key]) for key in columns)]) + r" \\")
         body.append(" & ".join(["", *(rf"{{\scriptsize {_latex(interval)}}}" for interval in intervals)]) + r" \\[2pt]")
-    caption = f"{title(result)}: {result.comparison.before.n_edits} {PROTOCOLS[protocol]}. {' '.join(_notes(result))}"
+    caption = f"{title(result)}: {result.comparison.before.n_edits} {protocol_title(protocol)}. {' '.join(_notes(result))}"
     return "\n".join(
         [
             r"% \usepackage{booktabs}",

@@ -15,7 +15,7 @@ from ..bench.protocols import Comparison
 from ..bench.schema import SEQUENTIAL, EditMetrics, Metrics
 from ..files import json_text
 from .results import Results
-from .tables import COLUMNS, NOTES, PROTOCOLS, Cell, remarks, short_name, significance, tables, title
+from .tables import COLUMNS, NOTES, Cell, protocol_title, remarks, short_name, significance, tables, title
 
 
 def page(results: Sequence[Results]) -> str:
@@ -24,7 +24,7 @@ def page(results: Sequence[Results]) -> str:
         "versions": results[0].settings["versions"],
         "columns": [[key, *heading] for key, heading in COLUMNS.items()],
         "notes": NOTES,
-        "protocols": PROTOCOLS,
+        "protocols": {row.protocol: protocol_title(row.protocol) for of in results for row in of.comparison.rows},
         "results": [_content(result) for result in results],
     }
     # Nothing in a text can end the element that holds it.

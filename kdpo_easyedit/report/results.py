@@ -10,7 +10,7 @@ from typing import Any
 from ..bench.measuring import per_edit, summarise
 from ..bench.protocols import Comparison
 from ..bench.runs import RunError, RunFolder, differences
-from ..bench.schema import EditMetrics, PairedTest, Row, Summary, from_json
+from ..bench.schema import SEQUENTIAL, SINGLE, EditMetrics, PairedTest, Row, Summary, from_json
 from ..bench.significance import paired_tests
 
 Key = tuple[str, str]
@@ -68,6 +68,10 @@ def _read(folder: Path) -> Results:
     keys = [(row.method, row.protocol) for row in rows]
     metrics = {key: _rows(run, EditMetrics, "metrics-{}-{}.json".format(*key)) or [] for key in keys}
     traces = {(method, protocol): run.journal(f"{method}-{protocol}.jsonl").entries for method, protocol in keys}
+    for key, of in metrics.items():  # other orders' edits beside the given one's
+        if key[1] not in (SINGLE, SEQUENTIAL) and len(of) == len(traces[key]):
+            places = sorted(range(len(of)), key=lambda place: of[place].case_id)
+            metrics[key], traces[key] = ([its[place] for place in places] for its in (of, traces[key]))
     whole = "about" in record and len(rows) == len(record["methods"]) * len(record["protocols"])
     if not whole or tests is None or any(len(of) != len(traces[key]) for key, of in metrics.items()):
         raise RunError(f"{folder}: the run is not complete; its own command goes on with it")

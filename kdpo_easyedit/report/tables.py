@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bench.protocols import Comparison, Example
-from ..bench.schema import MEASURES, SEQUENTIAL, SINGLE, PairedTest, Summary
+from ..bench.schema import FOUR, MEASURES, SEQUENTIAL, SINGLE, PairedTest, Summary
 from .results import Results
 
 #: A Summary's measures as the field names them.
@@ -29,10 +29,6 @@ _GENERATED = {"edit_success": "generated_success", "generalization": "generated_
 COSTS = {"seconds_per_edit": "seconds", "megabytes_per_edit": "MB"}
 LESS_IS_BETTER = (*COSTS, "once_seconds", "perplexity", "divergence")
 _DECIMALS = {"fluency": 2, "seconds_per_edit": 2, "once_seconds": 2, "perplexity": 2, "divergence": 3}
-PROTOCOLS = {
-    SINGLE: "single edits, each from the original model",
-    SEQUENTIAL: "sequential edits, measured on the final model",
-}
 _SIGNIFICANT = 0.05
 _MARK = "†"
 #: The columns of a table with two lines of headings each.
@@ -101,7 +97,7 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
                 key: Cell(
                     getattr(row, key),
                     shown(key, getattr(row, key)),
-                    "–".join(shown(key, end) for end in row.intervals.get(key, ())),
+                    _ends(key, row.intervals.get(key, ())),
                     row in rows and getattr(row, key) is not None and getattr(row, key) == best[key],
                     tests.get((protocol, row.method, key)),
                 )
@@ -110,6 +106,36 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
             for row in (comparison.before, *rows)
         }
     return made
+
+
+def _ends(key: str, interval: Sequence[float]) -> str:
+    """An interval; of percentages without decimals, which it has none to give."""
+    return "–".join(shown(key, end) if key in _DECIMALS else f"{end:.0f}" for end in interval)
+
+
+def protocol_title(protocol: str) -> str:
+    """How the edits of a table were made, after their number."""
+    if protocol == SINGLE:
+        return "single edits, each from the original model"
+    number = protocol.removeprefix(f"{SEQUENTIAL}-") if protocol != SEQUENTIAL else ""
+    return "sequential edits, measured on the final model" + (f", in order {number}" if number else "")
+
+
+def over_orders(rows: Sequence[Summary]) -> list[str]:
+    """In words, a method's means over the orders that its edits were made in, with the least and the most."""
+    found = []
+    for method in dict.fromkeys(row.method for row in rows):
+        orders = [row for row in rows if row.method == method and row.protocol != SINGLE]
+        if len(orders) < 2:
+            continue
+        parts = []
+        for key in (*FOUR, "mean"):
+            values = [value for row in orders if (value := getattr(row, key)) is not None]
+            if values:
+                name = NAMES.get(key, "mean of the four")
+                parts.append(f"{name} {sum(values) / len(values):.1f} ({min(values):.1f}–{max(values):.1f})")
+        found.append(f"{method} over {len(orders)} orders: {', '.join(parts)}.")
+    return found
 
 
 def measured(methods: Mapping[str, Mapping[str, Cell]]) -> list[str]:
@@ -158,7 +184,7 @@ def remarks(comparison: Comparison) -> list[str]:
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
         words = flips([row for row in comparison.rows if row.protocol == protocol])
         found += [f"{protocol}: {sentence}" for sentence in words]
-    return found
+    return found + over_orders(comparison.rows)
 
 
 def shown(key: str, value: float | None) -> str:
@@ -214,7 +240,7 @@ def significance(comparison: Comparison) -> str:
 def print_tables(comparison: Comparison, console: Console) -> None:
     """One table a protocol, a row a method; the best of each column in bold."""
     for protocol, methods in tables(comparison).items():
-        title = f"{comparison.before.n_edits} {PROTOCOLS[protocol]}"
+        title = f"{comparison.before.n_edits} {protocol_title(protocol)}"
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("method")
         for heading in ("edit\nsuccess", "general-\nization", "port-\nability", "locality", "fluency", "seconds\nan edit"):

@@ -1,0 +1,51 @@
+"""What comes with a model that needs no hub: edits of what it knows, and text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..easyedit.statistics import build_world
+from ..method.statistics import Text
+from ..models import packed, world
+from . import facts
+
+#: How many openings of articles second moments are taken over: some 30 000 tokens.
+OPENINGS = 300
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What a comparison on a model takes where nothing else is named.
+
+    Attributes:
+        edits: a benchmark file.
+        name: what reports call the edits.
+        stats_text: for second moments; None where they are there already.
+        ability_texts: for perplexity.
+    """
+
+    edits: Path
+    name: str
+    stats_text: Text | None
+    ability_texts: Sequence[str]
+
+
+def have_companions(hparams_name: str) -> bool:
+    """Whether a model brings its own edits: the worlds, and the packed models."""
+    return hparams_name in world.RECIPES or hparams_name in packed.MODELS
+
+
+def companions(hparams_name: str, quiet: bool = False) -> Companions:
+    """What comes with a model; a world is built for it.
+
+    Raises:
+        ModelError: the wheel with the openings of Wikipedia articles is not installed.
+    """
+    if hparams_name in world.RECIPES:
+        built = build_world(world.RECIPES[hparams_name], quiet)
+        return Companions(built.edits, "the world's own edits", None, ())
+    openings, held_out = (packed.wikipedia_openings(part) for part in ("statistics", "perplexity"))
+    text = Text("wikipedia-openings", openings[:OPENINGS])
+    return Companions(facts.FILES["reported"], "real facts", text, held_out)

