@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 
 import pytest
 import torch
@@ -87,6 +88,41 @@ def test_one_model_answers_as_both(file, small_world, loaded, requests):
     assert same_state(before, state(model))
     with pytest.raises(RuntimeError, match="inside"), edits_applied(model, file):
         raise RuntimeError("inside")
+    assert same_state(before, state(model))
+
+
+def test_what_is_compiled_sees_the_edits_without_compiling_anew(file, small_world, loaded, requests):
+    model = AutoModelForCausalLM.from_pretrained(small_world.folder)
+    ids = loaded[1](requests[0]["prompt"], return_tensors="pt")["input_ids"]
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1])
+    with torch.no_grad():
+        before, count = compiled(ids).logits, len(graphs)
+        with edits_applied(model, file):
+            assert torch.equal(compiled(ids).logits, model(ids).logits) and not torch.equal(compiled(ids).logits, before)
+        assert torch.equal(compiled(ids).logits, before)
+    assert count == len(graphs) > 0
+
+
+def test_threads_share_the_weights_and_a_second_file_is_refused_meanwhile(file, small_world, loaded, requests):
+    model = AutoModelForCausalLM.from_pretrained(small_world.folder)
+    before = state(model)
+
+    def in_a_thread():
+        seen.append(says(model, loaded[1], requests[0]))
+        try:
+            with edits_applied(model, file):
+                seen.append("applied")
+        except EditsError as error:
+            seen.append(str(error))
+
+    seen: list = []
+    with edits_applied(model, file):
+        thread = threading.Thread(target=in_a_thread)
+        thread.start()
+        thread.join()
+        assert says(model, loaded[1], requests[0])
+    assert seen[0] is True and "is not the weight that the edits were made on" in seen[1]
     assert same_state(before, state(model))
 
 

@@ -182,6 +182,7 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(file, fresh,
     for arguments, message in (
         (["--lora", str(tmp_path / "full")], "is there already"),
         (["--lora", str(tmp_path / "new"), "--rank", "0"], "rank is 0; allowed: 1 or above"),
+        (["--merge", str(tmp_path / "new"), "--model", "no/such.gguf"], "'no/such.gguf', and there is no such file"),
         (["--merge", str(tmp_path / "new"), "--model", "no/such/folder"], "the model 'no/such/folder' cannot be loaded"),
         (
             ["--merge", str(tmp_path / "new"), "--model", str(REFERENCE / "gpt2")],

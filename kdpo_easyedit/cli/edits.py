@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .export import as_loaded
+
 DESCRIPTION = """\
 list FILE        the edits of a file
 show FILE N      one of them, and how it was made
@@ -63,7 +65,7 @@ def _remove(file: Path, number: int, name: str | None) -> None:
     from ..edits.base import load_base, says
 
     request = read_header(file)["requests"][number - 1]
-    model, tok = load_base(file, name)
+    model, tok = load_base(file, as_loaded(name))
     remove_edit(file, number, model)
     print(f"edit {number} is taken out: {_shown(request)}")
     with edits_applied(model, file):

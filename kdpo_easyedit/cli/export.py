@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from ..edits.adapter import adapter_of, lost_edits, save_merged
     from ..edits.base import load_base, says
 
-    model, tok = load_base(options.edits, options.model, options.cast)
+    model, tok = load_base(options.edits, as_loaded(options.model), options.cast)
     if options.lora:
         adapter = adapter_of(model, options.edits, options.rank)
         lost, never = lost_edits(model, tok, options.edits, adapter)
@@ -57,3 +57,14 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             if not says(model, tok, request):
                 print(f"  is not said: {request['prompt']!r} → {request['target_new']!r}")
     return 0
+
+
+def as_loaded(name: str | None) -> str | None:
+    """A model's name as ``from_pretrained`` takes it: of one that comes as a package or a GGUF file, its folder.
+
+    Raises:
+        ModelError: there is no such file, or it cannot be read.
+    """
+    from ..models.packed import is_packed, model_folder
+
+    return str(model_folder(name)) if name and is_packed(name) else name

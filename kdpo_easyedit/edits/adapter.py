@@ -1,7 +1,6 @@
 """A change of weights as a low-rank adapter, in the form that PEFT reads and writes.
 
-A LoRA adapter adds B A x to what a module makes of x. The best B A of rank r, in the Frobenius norm, of a change Δ is its
-projection U Uᵀ Δ on the r first eigenvectors U of Δ Δᵀ; what is lost is the root of the other eigenvalues' sum.
+A LoRA adapter adds B A x to what a module makes of x.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..method.weights import Weights
 from .base import says
+from .factors import best, spectrum
 from .file import EditsError, apply_edits, changes_made, edits_applied, read_header
 
 #: Without a rank, the smallest whose relative error, ‖Δ − B A‖ / ‖Δ‖ in the Frobenius norm, is at most this.
@@ -153,7 +153,7 @@ def _adapter(model: PreTrainedModel, changes: Weights, rank: int | None) -> Adap
     modules = {name: _modules(model, name) for name in changes}
     transposed = {name: isinstance(model.get_submodule(modules[name][0]), Conv1D) for name in changes}
     deltas = {name: change.T if transposed[name] else change for name, change in changes.items()}
-    spectra = {name: _spectrum(delta) for name, delta in deltas.items()}
+    spectra = {name: spectrum(delta) for name, delta in deltas.items()}
     total = sum(values.sum().item() for values, _ in spectra.values())
     if not total:
         raise EditsError("the edits change nothing: there is nothing to export")
@@ -163,19 +163,11 @@ def _adapter(model: PreTrainedModel, changes: Weights, rank: int | None) -> Adap
         rank = next(r for r in range(1, most + 1) if r == most or lost[r] <= TOLERANCE**2 * total)
     factors = {}
     for name, delta in deltas.items():
-        vectors = spectra[name][1][:, :rank]
-        b, a = (vectors, vectors.T @ delta) if len(vectors) == len(delta) else (delta @ vectors, vectors.T)
-        missing = rank - vectors.shape[1]  # where a weight has fewer dimensions than the rank
-        pair = nn.functional.pad(b.float(), (0, missing)), nn.functional.pad(a.float(), (0, 0, 0, missing))
+        b, a = best(delta, spectra[name][1][:, :rank])
+        missing = rank - len(a)  # where a weight has fewer dimensions than the rank
+        pair = nn.functional.pad(b, (0, missing)), nn.functional.pad(a, (0, 0, 0, missing))
         factors.update(dict.fromkeys(modules[name], pair))
     return Adapter(factors, (lost[min(rank, most)] / total) ** 0.5, any(transposed.values()))
-
-
-def _spectrum(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """The squared singular values of Δ, ``[m]``, largest first, and the singular vectors of its shorter side, ``[m, m]``."""
-    gram = delta @ delta.T if delta.shape[0] <= delta.shape[1] else delta.T @ delta
-    values, vectors = torch.linalg.eigh(gram)
-    return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
 def _modules(model: PreTrainedModel, name: str) -> list[str]:

@@ -42,6 +42,24 @@ def added(weight: Tensor, factors: Factors, sign: int = 1) -> Tensor:
     return result
 
 
+def spectrum(change: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared singular values of Δ, ``[m]``, largest first, and the singular vectors of its shorter side, ``[m, m]``.
+
+    They are the eigenvalues and eigenvectors of Δ Δᵀ or Δᵀ Δ. The best approximation of rank r, in the Frobenius norm, is Δ
+    projected on the r first vectors, and the square of what it loses is the sum of the other values.
+    """
+    gram = change @ change.T if change.shape[0] <= change.shape[1] else change.T @ change
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def best(change: Tensor, vectors: Tensor) -> Factors:
+    """Δ projected on singular vectors of its shorter side, ``[m, r]``."""
+    of_rows = len(vectors) == len(change)
+    left, right = (vectors, vectors.T @ change) if of_rows else (change @ vectors, vectors.T)
+    return left.float().contiguous(), right.float().contiguous()
+
+
 @dataclass(frozen=True)
 class Residual:
     """Bit patterns less what was computed, where they differ; in integers as small as can hold them.

@@ -169,6 +169,18 @@ def changes_made(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     }
 
 
+def read_changes(path: str | Path) -> list[dict[str, Factors]]:
+    """Of every edit of a file what :func:`save_edits` was given as its change.
+
+    Raises:
+        EditsError: the file keeps its edits as one change.
+    """
+    edits = _load(path)
+    edits.check_numbers([])
+    numbers = range(len(edits.header["requests"]))
+    return [{name: pair for name, its in edits.changes.items() if (pair := its.factors[n])} for n in numbers]
+
+
 def remove_edit(path: str | Path, number: int, model: nn.Module) -> None:
     """Take one edit out of a file that keeps them one by one; the others' changes stay as they are.
 
