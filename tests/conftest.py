@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,19 @@ def fresh(small_world):
 def hparams(small_world) -> KDPOHyperParams:
     """KDPO for the small world."""
     return KDPOHyperParams(alg_name="KDPO", model_name=str(small_world.folder), device="cpu", layers=[3], lr=3e-3)
+
+
+@pytest.fixture
+def aware(hparams, small_world) -> KDPOHyperParams:
+    """KDPO+C for the small world."""
+    file = next(small_world.statistics.rglob("transformer.h.3.mlp.c_proj_*.npz"))
+    return replace(
+        hparams,
+        mom2_adjustment=True,
+        mom2_dataset="world",
+        mom2_n_samples=int(file.stem.rpartition("_")[2]),
+        stats_dir=str(small_world.statistics),
+    )
 
 
 def state(model) -> dict[str, torch.Tensor]:

@@ -13,6 +13,9 @@ from pathlib import Path
 SUBCOMMANDS = {
     "compare": "methods × edits → tables and a report; also what is done where no subcommand is named",
     "edit": "one edit by hand, shown before and after",
+    "apply": "a list of edits, each kept only where a condition holds after it",
+    "export": "a file of edits as a PEFT adapter, or as the whole edited model",
+    "edits": "what a file of edits holds; one edit taken out of it",
     "report": "runs side by side, as one page",
     "statistics": "the second moments that KDPO+C, ROME and MEMIT go by, from a text",
     "benchmark": "what an edit costs",

@@ -97,7 +97,7 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
                 key: Cell(
                     getattr(row, key),
                     shown(key, getattr(row, key)),
-                    "–".join(shown(key, end) for end in row.intervals.get(key, ())),
+                    _ends(key, row.intervals.get(key, ())),
                     row in rows and getattr(row, key) is not None and getattr(row, key) == best[key],
                     tests.get((protocol, row.method, key)),
                 )
@@ -106,6 +106,11 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
             for row in (comparison.before, *rows)
         }
     return made
+
+
+def _ends(key: str, interval: Sequence[float]) -> str:
+    """An interval; of percentages without decimals, which it has none to give."""
+    return "–".join(shown(key, end) if key in _DECIMALS else f"{end:.0f}" for end in interval)
 
 
 def protocol_title(protocol: str) -> str:

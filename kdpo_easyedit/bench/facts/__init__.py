@@ -87,7 +87,7 @@ def write(
     tok: PreTrainedTokenizerBase,
     prompts: Iterable[str],
     batch: int = 64,
-    progress: Callable[[int, int], None] = lambda done, all: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, str]:
     """What a model writes greedily after each prompt, :data:`_LENGTH` tokens, up to the line's end."""
     tokens = {prompt: tok(prompt).input_ids for prompt in prompts}
@@ -180,19 +180,28 @@ class _Composer:
         relations: dict[str, Relation],
         unrelated: list[str],
         known: Known,
-        follow: dict[str, str],
+        written: dict[str, str],
         rng: random.Random,
     ) -> None:
         self.relations = relations
         self.unrelated = unrelated
         self.known = known
-        self.written = follow
+        self.written = written
         self.rng = rng
         # A subject belongs to the file of the first relation in which it is known.
         self.split: dict[str, str] = {}
         for name, subjects in known.items():
             for subject in subjects:
                 self.split.setdefault(subject, relations[name].split)
+        # Relation, wording of what follows, answer in the relation → a prompt after which the model says what follows.
+        self.said: dict[tuple[str, str, str], str] = {}
+        for name, relation in relations.items():
+            for follow in relation.follows:
+                for subject in known[name]:
+                    prompt = _following(follow["wording"], subject, relations)
+                    answer = self._followed(follow, relation.truth[subject])
+                    if prompt and answer and says(written[prompt], answer) and not _holds(prompt, answer):
+                        self.said.setdefault((name, follow["wording"], relation.truth[subject]), prompt)
 
     def edits(self, split: str, size: int) -> list[dict[str, Any]]:
         """One file's records."""
@@ -207,7 +216,7 @@ class _Composer:
         used: Counter[tuple[str, str]] = Counter()
         records = []
         for subject, name in edited.items():
-            record = self._edit(name, subject, mine[name], untouched, set(edited), used)
+            record = self._edit(name, subject, mine[name], untouched, edited, used)
             if record is not None:
                 records.append(record)
         self.rng.shuffle(records)
@@ -235,7 +244,7 @@ class _Composer:
         subject: str,
         others: list[str],
         untouched: dict[str, list[str]],
-        edited: set[str],
+        edited: dict[str, str],
         used: Counter[tuple[str, str]],
     ) -> dict[str, Any] | None:
         relation, truth = self.relations[name], self.relations[name].truth
@@ -246,7 +255,8 @@ class _Composer:
         if not new_answers:
             return None
         portability = {new: self._portability(name, subject, new, edited) for new in new_answers}
-        usable = [new for new in new_answers if portability[new]] or list(new_answers)
+        # One from which something follows, but none of them over and over.
+        usable = [new for new in new_answers if portability[new] and used[name, new] < 2] or list(new_answers)
         new = min(self.rng.sample(usable, len(usable)), key=lambda new: used[name, new])
         used[name, new] += 1
 
@@ -287,27 +297,25 @@ class _Composer:
         far = [name for name, some in untouched.items() if some and self.relations[name].about != about]
         return [self._ask(name, self.rng.choice(untouched[name])) for name in self.rng.sample(far, min(2, len(far)))]
 
-    def _portability(self, name: str, subject: str, new: str, edited: set[str]) -> list[dict[str, Any]]:
-        relation, capitals = self.relations[name], self.relations["capital"].truth
+    def _portability(self, name: str, subject: str, new: str, edited: dict[str, str]) -> list[dict[str, Any]]:
+        capital = self.relations["capital"].truth.get(subject)
         questions = []
-        for follow in relation.follows:
-            by = self.relations[follow["by"]].truth if "by" in follow else {answer: answer for answer in relation.answers}
-            old, answer = by.get(relation.truth[subject]), by.get(new)
-            passed = {new}
-            if "{capital}" in follow["wording"]:
-                if subject not in self.known["capital"]:
-                    continue
-                passed.add(capitals[subject])
-            if old is None or answer is None or old == answer or passed & edited:
+        for follow in self.relations[name].follows:
+            if "{capital}" in follow["wording"] and (subject not in self.known["capital"] or capital in edited):
                 continue
-            asked = {s: _following(follow["wording"], s, self.relations) for s in self.known[name]}
-            said = [p for s, p in asked.items() if p and relation.truth[s] == new and says(self.written[p], answer)]
-            said = [p for p in said if not _holds(p, answer)]
-            prompt = asked[subject]
-            if said and prompt and not says(self.written[prompt], answer):
-                form = self.written[said[0]].strip()[: len(answer)]
-                questions.append({"prompt": prompt, "ground_truth": [form], "said": said[0]})
+            old, answer = (self._followed(follow, value) for value in (self.relations[name].truth[subject], new))
+            said = self.said.get((name, follow["wording"], new))
+            if old is None or answer is None or said is None or old == answer or edited.get(new) == follow.get("by", name):
+                continue
+            prompt = _following(follow["wording"], subject, self.relations)
+            if prompt and not says(self.written[prompt], answer):
+                form = self.written[said].strip()[: len(answer)]
+                questions.append({"prompt": prompt, "ground_truth": [form], "said": said})
         return questions
+
+    def _followed(self, follow: dict[str, str], answer: str) -> str | None:
+        """What follows from an answer, where it is known."""
+        return self.relations[follow["by"]].truth.get(answer) if "by" in follow else answer
 
 
 def _holds(text: str, answer: str) -> bool:
@@ -329,9 +337,7 @@ def _following(wording: str, subject: str, relations: dict[str, Relation]) -> st
 
 
 def _prompts(record: dict[str, Any]) -> list[str]:
-    return [
-        prompt for kind in ("edit", "unrelated", "new answer", "locality", "portability") for prompt, _ in claims(record)[kind]
-    ]
+    return [prompt for claimed in claims(record).values() for prompt, _ in claimed]
 
 
 def claims(record: dict[str, Any]) -> dict[str, list[tuple[str, str | None]]]:
