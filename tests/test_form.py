@@ -24,7 +24,7 @@ def aware(hparams, small_world) -> KDPOHyperParams:
     """KDPO+C at a layer of the small world with another above it."""
     return replace(
         hparams, layers=[1], mom2_adjustment=True, mom2_dataset="world", mom2_n_samples=1000,
-        stats_dir=str(small_world.statistics), cycles=40,
+        stats_dir=str(small_world.statistics), cycles=40, mom2_step=6,
     )  # fmt: skip
 
 
@@ -63,19 +63,19 @@ def test_an_edit_goes_on_to_the_margin(fresh, requests, hparams):
     model, tok = fresh
     request = requests[0]
     _, plain = execute_kdpo(model, tok, request, hparams)
-    _, trace = execute_kdpo(model, tok, request, replace(hparams, margin=12))
+    _, trace = execute_kdpo(model, tok, request, replace(hparams, margin=4))
     assert plain.lead is None and plain.ended == "the target is said"
-    assert trace.ended == "the target leads by the margin" and trace.lead >= 12 and trace.steps > plain.steps
+    assert trace.ended == "the target leads by the margin" and trace.lead >= 4 and trace.steps > plain.steps
     targets = edit_tokens(tok, request["prompt"], request["target_new"]).targets.tolist()
     first, *_, last = trace.negatives
     assert first == plain.negatives[0] and last == targets  # the runner-up no longer counts
     traces = []
-    apply_kdpo_to_model(model, tok, [request], replace(hparams, margin=12), traces=traces)
+    apply_kdpo_to_model(model, tok, [request], replace(hparams, margin=4), traces=traces)
     assert least_lead(model, tok, request["prompt"], request["target_new"]) == pytest.approx(traces[0].lead, abs=1e-3)
     # What is said already, but not by so much, is learnt too; what is, costs nothing.
-    _, again = execute_kdpo(model, tok, request, replace(hparams, margin=30))
-    assert again.token_accuracy[0] == 1 and again.steps > 0 and again.lead >= 30
-    assert execute_kdpo(model, tok, request, replace(hparams, margin=12))[1].steps == 0
+    _, again = execute_kdpo(model, tok, request, replace(hparams, margin=7))
+    assert again.token_accuracy[0] == 1 and again.steps > 0 and again.lead >= 7
+    assert execute_kdpo(model, tok, request, replace(hparams, margin=4))[1].steps == 0
 
 
 def test_a_margin_that_is_not_reached_is_told(loaded, requests, hparams):
@@ -123,7 +123,7 @@ def test_the_change_is_built_from_the_subjects_last_token_alone(fresh, requests,
     hook.remove()
     last = tokens_of(tok, request["prompt"], *subject_span(request))[-1]
     key = inputs[0][0, last]
-    aware = replace(aware, positions="subject_last", margin=4)
+    aware = replace(aware, positions="subject_last", margin=1)
     weights, trace = execute_kdpo(model, tok, request, aware)
     assert trace.ended == "the target leads by the margin"
     change = (weights[W] - model.get_parameter(W)).double()  # a Conv1D's: [in, out]
@@ -136,11 +136,11 @@ def test_the_change_is_built_from_the_subjects_last_token_alone(fresh, requests,
     assert torch.nn.functional.cosine_similarity(left, along, dim=0).abs() > 0.9999
 
 
-@pytest.mark.parametrize(("positions", "contexts_"), [("all", 2), ("subject", 2), ("subject_last", 0), ("subject_last", 3)])
+@pytest.mark.parametrize(("positions", "contexts_"), [("all", 2), ("subject", 2), ("subject_last", 0), ("subject_last", 1)])
 def test_an_edit_from_few_positions_holds_in_the_whole_model(fresh, requests, aware, positions, contexts_):
     model, tok = fresh
     request, traces = requests[0], []
-    aware = replace(aware, positions=positions, margin=4, contexts=contexts_)
+    aware = replace(aware, positions=positions, margin=1, contexts=contexts_)
     apply_kdpo_to_model(model, tok, [request], aware, traces=traces)
     assert traces[0].ended == "the target leads by the margin"
     texts = ["", *(f"{text}. " for text in contexts(model, tok, contexts_))]

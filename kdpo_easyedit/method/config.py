@@ -259,7 +259,8 @@ class KDPOHyperParams:
     sequential_lr_scale: float = _field("what lr, or mom2_step, is multiplied by in sequential edits", _positive, 0.2)
     update_scale: float = _field("the share of the update that is applied; 2 repeats the release's doubling", _positive, 1.0)
     margin: Any = _field(
-        "go on until the target leads the runner-up by so many logits at each of its positions; false: until it is said",
+        "go on until the target leads the runner-up by so many logits at all of its tokens, in place of stop_crit; "
+        "false: until it is said",
         _positive_or_false,
         False,
     )

@@ -234,7 +234,7 @@ def _edited(
                 trace.losses[-1].append(loss.item())
                 if not math.isfinite(loss.item()):
                     raise _NotFinite(f"the loss is {loss.item()}")
-                if loss.item() < hparams.stop_crit or preference.led:
+                if preference.led if hparams.margin else loss.item() < hparams.stop_crit:
                     break
                 update.step(losses)
                 trace.steps += 1
