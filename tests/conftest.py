@@ -97,7 +97,7 @@ def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 #: A summary's costs, which differ from run to run, as none.
-COSTS = {"seconds_per_edit": 0, "megabytes_per_edit": 0}
+COSTS = {"seconds_per_edit": 0, "megabytes_per_edit": 0, "once_seconds": 0}
 
 
 def uncosted(row: Summary) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from . import edit
@@ -154,19 +156,25 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
-    own = companions(options.hparams_dir, options.quiet) if main_job else None
-    stats_text, ability_texts = (own.stats_text, own.ability_texts) if own else (None, ())
-    if options.stats_text:
-        stats_text = Text(Path(options.stats_text).stem, datasets.read_passages(options.stats_text))
-    if options.ability_text:
-        ability_texts = datasets.read_passages(options.ability_text)
-    requests = datasets.load_requests(
-        options.data_dir or own.edits,  # type: ignore[union-attr]
-        options.datatype,
+    load_requests = partial(
+        datasets.load_requests,
+        datatype=options.datatype,
         size=options.ds_size or (None if options.data_dir or options.ablation else 20),
         shuffle=options.seed if options.shuffle else None,
         need_subject=any("subject" in getattr(method.hparams, "fact_token", "") for method in methods),
     )
+    # The user's files first: what is wrong with them is told before a model is fetched or built.
+    requests = load_requests(options.data_dir) if options.data_dir else []
+    stats_text, data_name = None, Path(options.data_dir or "").name
+    ability_texts: Sequence[str] = ()
+    if options.stats_text:
+        stats_text = Text(Path(options.stats_text).stem, datasets.read_passages(options.stats_text))
+    if options.ability_text:
+        ability_texts = datasets.read_passages(options.ability_text)
+    if main_job:
+        own = companions(options.hparams_dir, options.quiet)
+        requests, data_name = (requests, data_name) if requests else (load_requests(own.edits), own.name)
+        stats_text, ability_texts = stats_text or own.stats_text, ability_texts or own.ability_texts
     eval_at = options.eval_at
     if options.ablation:
         requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
@@ -184,7 +192,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         quiet=options.quiet,
         overwrite=options.overwrite,
         stats_text=stats_text,
-        data_name=Path(options.data_dir).name if options.data_dir else own.name,  # type: ignore[union-attr]
+        data_name=data_name,
         how=Measuring(options.metrics, tuple(options.context), not options.no_fluency),
         ability_texts=ability_texts,
         **kept,
