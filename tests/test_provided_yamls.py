@@ -43,6 +43,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "Qwen/Qwen3": (Qwen3Config, LLAMA_LIKE, "gpt2"),
     "openai-community/gpt2": (GPT2Config, GPT_LIKE, "gpt2"),
     "EleutherAI/gpt-j": (GPTJConfig, GPT_LIKE | {"rotary_dim": 4}, "gpt2"),
+    "smollm2-135m": (LlamaConfig, LLAMA_LIKE, "gpt2"),
     "world": (GPT2Config, GPT_LIKE, "gpt2"),
     "large-world": (GPT2Config, GPT_LIKE, "gpt2"),
 }
@@ -61,6 +62,7 @@ LAYERS = {
     "Qwen/Qwen3-8B": 36,
     "openai-community/gpt2-xl": 48,
     "EleutherAI/gpt-j-6b": 28,
+    "smollm2-135m": 30,
     "world": 4,
     "large-world": 4,
 }
