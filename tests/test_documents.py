@@ -74,7 +74,7 @@ def test_the_page_has_every_figure_and_every_edit(run, requests):
         for protocol in (SINGLE, SEQUENTIAL):
             metrics = json.loads((run / f"metrics-{method}-{protocol}.json").read_text())
             for outcome, entry in zip(result["outcomes"][protocol][method], metrics, strict=True):
-                assert outcome["rewrite"][1] == entry["post"]["generated"]["rewrite"]
+                assert [outcome["rewrite"][1]] == entry["post"]["generated"]["rewrite"]
                 assert outcome["locality"]["Relation_Specificity"] == entry["post"]["locality"]["Relation_Specificity_acc"]
     trace = result["outcomes"][SINGLE]["KDPO"][0]["trace"]
     assert trace["steps"] > 0 and trace["losses"][0][0] == pytest.approx(0.6931, abs=1e-4)

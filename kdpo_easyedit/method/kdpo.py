@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -209,14 +209,15 @@ def _edited(
 
     # θ: W alone. Everything else is frozen. The loss is scaled for float16's narrow range.
     scale = 4096 if any(original.dtype == torch.float16 for original in originals.values()) else 1
-    update: _Adam | SteepestDescent
+    update: _Update
     if hparams.mom2_adjustment:
         update = SteepestDescent(model, originals, usages, hparams, scale, at)
     else:
         update = _Adam(model, originals, hparams, scale)
 
-    make_preference = _TeacherForced if hparams.negatives == "teacher_forced" else _Autoregressive
-    with torch.enable_grad(), frozen(model), make_preference(model, edits, originals, hparams) as preference:
+    make: type[_TeacherForced | _Autoregressive] = _TeacherForced if hparams.negatives == "teacher_forced" else _Autoregressive
+    entered: _Preference = make(model, edits, originals, hparams)
+    with torch.enable_grad(), frozen(model), entered as preference:
         for _ in range(hparams.cycles):
             negatives, now = preference.renew(update.weights)
             trace.negatives.append(negatives.tolist())
@@ -249,7 +250,7 @@ def _edited(
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise _NotFinite(f"{name} has numbers beyond those of {weight.dtype}")
-    return weights, update.usages() if isinstance(update, SteepestDescent) else {}
+    return weights, update.usages()
 
 
 def _complete(request: Mapping[str, Any], hparams: KDPOHyperParams) -> dict[str, Any]:
@@ -293,6 +294,51 @@ def _sequences(
     return list(edits.values()), torch.tensor(at)
 
 
+class _Update(Protocol):
+    """How W is changed: :class:`_Adam`, or KDPO+C's :class:`.kdpo_c.SteepestDescent`.
+
+    Attributes:
+        weights: W, or changes of it, to run the model with.
+    """
+
+    @property
+    def weights(self) -> EditedWeights: ...
+
+    def begin_cycle(self) -> None: ...
+
+    def step(self, losses: Tensor) -> None:
+        """A step down the mean of the losses, ``[B]``."""
+
+    def result(self) -> dict[str, Tensor]:
+        """The new weights, float32, as the model stores them."""
+
+    def usages(self) -> dict[str, Usage]:
+        """What the projections are used for once this edit is one of those made."""
+
+
+class _Preference(Protocol):
+    """What is preferred to what: :class:`_TeacherForced`, or the ablation's :class:`_Autoregressive`. A context manager.
+
+    Attributes:
+        led: with a ``margin``, whether the target had it over all of the cycle's negatives when :meth:`margin` was last asked.
+    """
+
+    led: bool
+
+    def __enter__(self) -> _Preference: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def renew(self, weights: EditedWeights) -> tuple[Tensor, _State]:
+        """The cycle's negatives, int64 ``[T]``, and how far the edit has come."""
+
+    def reference_margin(self) -> Tensor:
+        """The margins of the model as it stood when the edit began, ``[B]``."""
+
+    def margin(self, weights: EditedWeights) -> Tensor:
+        """The margins now, ``[B]``."""
+
+
 class _Adam:
     """The paper's optimiser.
 
@@ -328,6 +374,10 @@ class _Adam:
 
     def result(self) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in self.weights.items()}
+
+    def usages(self) -> dict[str, Usage]:
+        """It goes by none."""
+        return {}
 
 
 @dataclass(frozen=True)

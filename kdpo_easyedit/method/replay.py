@@ -13,7 +13,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,10 +25,16 @@ from transformers.pytorch_utils import Conv1D
 from .config import HParamsError
 from .weights import Weights, stored, users
 
-if TYPE_CHECKING:
-    from .kdpo_c import Change
-
 LOG = logging.getLogger(__name__)
+
+
+class Change(Protocol):
+    """A change of a projection, in an edit under way."""
+
+    def added_to(self, output: Tensor, keys: Tensor) -> Tensor:
+        """The changed projection's output, from its own and its input: ``[B, L, out]`` and ``[B, L, in]``."""
+
+
 #: The edited weights in an edit under way: W itself, or a change of it.
 EditedWeights = Mapping[str, "Tensor | Change"]
 
