@@ -44,7 +44,6 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "openai-community/gpt2": (GPT2Config, GPT_LIKE, "gpt2"),
     "EleutherAI/gpt-j": (GPTJConfig, GPT_LIKE | {"rotary_dim": 4}, "gpt2"),
     "smollm2-135m": (LlamaConfig, LLAMA_LIKE, "gpt2"),
-    "smollm2": (LlamaConfig, LLAMA_LIKE, "llama"),
     "world": (GPT2Config, GPT_LIKE, "gpt2"),
     "large-world": (GPT2Config, GPT_LIKE, "gpt2"),
 }
