@@ -155,8 +155,9 @@ class SteepestDescent:
         """A step down the mean of the losses, ``[B]``."""
         changes = list(self.weights.values())
         gradients = [g / self.scale for g in torch.autograd.grad(self.scale * losses.mean(), [c.nudge for c in changes])]
-        if self.rate is None:
-            self.rate = self._rate(changes, gradients, losses.tolist())
+        if self.rate is None or self.hparams.margin:
+            # On the way to a margin no step gains more than the first: where the ground grows steeper it would go far beyond.
+            self.rate = min(self.rate or math.inf, self._rate(changes, gradients, losses.tolist()))
         for change, gradient in zip(changes, gradients):
             change.coefficients -= self.rate * gradient
 
