@@ -36,6 +36,7 @@ from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
 from ..method import kdpo_c
 from ..method.config import HParamsError, KDPOHyperParams
+from ..method.contexts import contexts as own_contexts
 from ..method.kdpo import EditTrace
 from ..method.statistics import Text
 from ..method.weights import read, write
@@ -352,6 +353,8 @@ def _edit_in_sequence(
         edited = timed_edit(editor, editor.model, before[0].requested_rewrite, seed).model
     elif weights:
         originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
+    if getattr(editor.hparams, "contexts", 0) and editor.hparams.alg_name == "KDPO":
+        own_contexts(editor.model, editor.tok, editor.hparams.contexts)  # of the model as it was, also when going on
     try:
         write(edited, weights)
         algorithms.set_memory(notes.get("contexts", {}), remembered)
