@@ -66,6 +66,8 @@ SHAPES = {
     "llama-3-8b-cut": Shape(_llama(4096, 14336, 4, 32, 8000), layer=2),
     # Llama-2-7B's ratios at an eighth of its width and three eighths of its depth.
     "small": Shape(_llama(512, 1376, 12, 8, 8000), layer=8),
+    # A quarter of that width: in half precision, which most processors emulate, larger ones take minutes.
+    "tiny": Shape(_llama(128, 344, 12, 2, 1000), layer=8),
 }
 
 
@@ -317,8 +319,9 @@ def _bandwidth(like: Tensor, repeats: int = 5) -> float:
     return 2 * a.nbytes / seconds
 
 
-def _rate(like: Tensor, n: int = 2048, repeats: int = 5) -> float:
+def _rate(like: Tensor, repeats: int = 5) -> float:
     """Operations a second of a large matrix product in the model's dtype."""
+    n = 256 if like.device.type == "cpu" and like.dtype != torch.float32 else 2048  # which many processors emulate
     a = torch.ones(n, n, device=like.device, dtype=like.dtype)
     seconds = min(_seconds(torch.mm, a, a) for _ in range(repeats))
     return 2 * n**3 / seconds
