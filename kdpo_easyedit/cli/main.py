@@ -25,14 +25,15 @@ SUBCOMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 where something given is wrong, 130 where Ctrl-C stopped it."""
-    # Threads that spin while they wait stall one another as soon as anything else runs on the machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What the package warns of reaches the console, also while EasyEdit's output goes into the run's folder.
     log = logging.getLogger("kdpo_easyedit")
     if not log.handlers:
         log.addHandler(logging.StreamHandler(sys.__stderr__))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments.pop(0) if arguments[:1] and arguments[0] in SUBCOMMANDS else "compare"
+    if name != "benchmark":  # which measures what torch does by itself
+        # Threads that spin while they wait stall one another as soon as anything else runs on the machine.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     subcommand = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     program = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(
