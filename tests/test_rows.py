@@ -14,7 +14,7 @@ from kdpo_easyedit.bench import ability
 from kdpo_easyedit.bench.measuring import retention
 from kdpo_easyedit.bench.protocols import Method, compare
 from kdpo_easyedit.bench.runs import RunError, RunFolder
-from kdpo_easyedit.bench.schema import SEQUENTIAL, SINGLE, EditMetrics, Summary, from_json, in_order, to_json
+from kdpo_easyedit.bench.schema import SEQUENTIAL, SINGLE, VERSION, EditMetrics, Summary, from_json, in_order, to_json
 from kdpo_easyedit.bench.significance import joint_interval, share_interval
 from kdpo_easyedit.bench.versions import versions
 from kdpo_easyedit.easyedit import methods as algorithms
@@ -179,10 +179,16 @@ def test_the_files_of_version_0_1_are_read(kdpo, requests, tmp_path):
             written = entry[phase]["generated"]
             entry[phase]["generated"] = {key: written[key][0] for key in ("rewrite", "rewrite_acc", "rephrase", "rephrase_acc")}
     (tmp_path / "metrics-KDPO-single.json").write_text(json.dumps(metrics))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record.pop("schema") == VERSION
+    (tmp_path / "run.json").write_text(json.dumps(record))
     page, table = write_documents([tmp_path], tmp_path)
     assert "KDPO" in table.read_text() and requests[0]["target_new"] in page.read_text()
     (tmp_path / "summary.json").write_text(json.dumps([{**row, "of_the_future": 1} for row in summary]))
     with pytest.raises(RunError, match="'of_the_future' is missing or not known"):
+        read_results([tmp_path])
+    (tmp_path / "run.json").write_text(json.dumps({**record, "schema": VERSION + 1}))
+    with pytest.raises(RunError, match="by a later version"):
         read_results([tmp_path])
 
 

@@ -57,7 +57,7 @@ from .measuring import (
 )
 from .peak import PeakMemory
 from .runs import RunFolder
-from .schema import SEQUENTIAL, SINGLE, EditMetrics, Metrics, PairedTest, Summary, from_json, to_json
+from .schema import SEQUENTIAL, SINGLE, VERSION, EditMetrics, Metrics, PairedTest, Summary, from_json, to_json
 from .significance import paired_tests
 from .versions import versions
 
@@ -178,6 +178,7 @@ def compare(
         methods = [Method(method.name, with_text(method.hparams, stats_text)) for method in methods]
     checkpoints = sorted({n for n in eval_at or _powers_of_ten(len(requests)) if n < len(requests)} | {len(requests)})
     settings = {
+        "schema": VERSION,
         "methods": {method.name: plain(method.hparams) for method in methods},
         "data": hashlib.sha256(json.dumps(requests).encode()).hexdigest(),
         "protocols": list(protocols),

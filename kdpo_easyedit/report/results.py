@@ -10,7 +10,7 @@ from typing import Any
 from ..bench.measuring import per_edit, summarise
 from ..bench.protocols import Comparison
 from ..bench.runs import RunError, RunFolder, differences
-from ..bench.schema import SEQUENTIAL, SINGLE, EditMetrics, PairedTest, Row, Summary, from_json
+from ..bench.schema import SEQUENTIAL, SINGLE, VERSION, EditMetrics, PairedTest, Row, Summary, from_json
 from ..bench.significance import paired_tests
 
 Key = tuple[str, str]
@@ -64,6 +64,8 @@ def _read(folder: Path) -> Results:
     record = run.read("run.json")
     if record is None:
         raise RunError(f"{folder}: holds no run; name a folder that --metrics_save_dir has named")
+    if record.get("schema", 1) > VERSION:
+        raise RunError(f"{folder}: written by a later version of kdpo-easyedit (its files are of version {record['schema']})")
     rows, tests = _rows(run, Summary, "summary.json") or [], _rows(run, PairedTest, "tests.json")
     keys = [(row.method, row.protocol) for row in rows]
     metrics = {key: _rows(run, EditMetrics, "metrics-{}-{}.json".format(*key)) or [] for key in keys}
