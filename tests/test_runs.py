@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -233,7 +234,9 @@ def command(settings: dict[str, Path], small_world, folder: Path, *more: str, na
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(settings, small_world, tmp_path):
     folder = tmp_path / "run"
     slow = command(settings, small_world, folder, name="ROME")  # of another's edits, all may be made before the signal comes
-    process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell lets what it starts in the background ignore Ctrl-C, and so all that is started from there.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     while progress(folder) < N + 1:  # the unedited model is measured, and one edit made
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
