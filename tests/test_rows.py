@@ -146,6 +146,20 @@ def test_a_sequence_is_measured_on_ordinary_text(kdpo, requests, small_world, tm
     assert "perplexity" in write_documents([tmp_path], tmp_path)[1].read_text()
 
 
+def test_a_run_that_is_called_again_keeps_what_every_checkpoint_read(kdpo, requests, small_world, tmp_path):
+    """The weights of an earlier checkpoint are gone by then."""
+    texts = small_world.passages()[:20]
+
+    def curve():
+        compare([kdpo], requests[:4], [SEQUENTIAL], tmp_path, eval_at=[1], quiet=True, ability_texts=texts)
+        return json.loads((tmp_path / "curve.json").read_text())
+
+    first = curve()
+    readings = [(row["n_edits"], row["perplexity"], row["divergence"]) for row in first]
+    assert [row[0] for row in readings] == [1, 4] and readings[0][2] < readings[1][2]
+    assert curve() == first
+
+
 def test_retention_is_the_mean_of_each_tenth_oldest_first():
     entries = [EditMetrics(n, {}, {}, {"rewrite_acc": [float(n >= 10)]}) for n in range(20)]
     assert retention(entries) == [0.0] * 5 + [100.0] * 5 and retention(entries[:9]) == []

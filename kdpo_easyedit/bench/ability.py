@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .batches import Batching, in_batches, logits_at, network, running
 from .measuring import batching_for
-from .schema import Summary
 
 #: How much text is read, in tokens, and in passages of at most how many.
 TOKENS, PASSAGE = 2000, 128
@@ -95,7 +94,7 @@ class Ability:
     texts: Sequence[str]
     before: Reading
 
-    def added_to(self, row: Summary, model: Any, tok: Any) -> Summary:
-        """A row with its model's perplexity, and its divergence from the unedited one."""
+    def left_in(self, model: Any, tok: Any) -> dict[str, float]:
+        """An edited model's ``perplexity``, and its ``divergence`` from the unedited one."""
         now = read(model, tok, self.texts, batching=batching_for(model))
-        return replace(row, perplexity=round(now.perplexity, 4), divergence=round(now.divergence(self.before), 6))
+        return {"perplexity": round(now.perplexity, 4), "divergence": round(now.divergence(self.before), 6)}

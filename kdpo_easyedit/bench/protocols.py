@@ -145,12 +145,13 @@ def compare(
     left, and at every checkpoint all edits so far are measured on the model as it stands then; the last is the result.
 
     Written are ``metrics-METHOD-PROTOCOL.json`` in EasyEdit's format (for earlier checkpoints ``…-at-N.json``),
-    ``summary.json``, for sequential edits ``curve.json``, ``tests.json``, where EasyEdit has a summary of its own
-    ``easyedit-summary.json``, a journal and the edited weights, and EasyEdit's own output in ``logs/``.
+    ``ability-METHOD-PROTOCOL.json`` likewise, ``summary.json``, for sequential edits ``curve.json``, ``tests.json``, where
+    EasyEdit has a summary of its own ``easyedit-summary.json``, a journal and the edited weights, and EasyEdit's own output
+    in ``logs/``.
 
     Args:
         methods: all on the same model.
-        requests: the edits, as :func:`kdpo_easyedit.datasets.load_requests` gives them.
+        requests: the edits, as :func:`kdpo_easyedit.bench.datasets.load_requests` gives them.
         protocols: ``"single"``, ``"sequential"``, and the same edits in other orders (:func:`.schema.in_order`).
         folder: the run's own; made if need be.
         seed: of all sampling: fluency's, and the contexts that ROME and MEMIT write.
@@ -377,12 +378,17 @@ def _edit_in_sequence(
                         names = originals if in_weights else algorithms.adapter_weights(edited)
                         saved = read(edited, names)
                         saved |= {_REMEMBERED + key: tensor for key, tensor in tensors.items()}
-                        saved |= {_PROTECTED + key: kept for key, kept in kdpo_c.protected_keys(edited).items()}
+                        saved |= {_PROTECTED + key: rows_of for key, rows_of in kdpo_c.protected_keys(edited).items()}
                         run.write_weights(kept, saved, {"edits": made, "contexts": contexts})
                         finished, saved_at = made, time.monotonic()
 
                 last = checkpoint == checkpoints[-1]
-                file = f"metrics-{name}-{protocol}{'' if last else f'-at-{checkpoint}'}.json"
+                at = f"{name}-{protocol}{'' if last else f'-at-{checkpoint}'}.json"
+                reading = run.read(f"ability-{at}") or {}
+                if ability and not reading:  # kept, and before the metrics: later the model has more edits, or none
+                    reading = ability.left_in(edited, editor.tok)
+                    run.write(f"ability-{at}", reading)
+                file = f"metrics-{at}"
                 metrics = from_json(EditMetrics, run.read(file) or [])
                 if not metrics:
                     posts: list[Metrics] = []
@@ -393,8 +399,7 @@ def _edit_in_sequence(
                     for entry, done, post in zip(before, journal.entries, posts):
                         metrics.append(replace(entry, post=post, **{key: done.get(key) for key in _OF_EDIT}))
                     run.write(file, to_json(metrics))
-                row = summarise(name, protocol, metrics, "post")
-                rows.append(row if ability is None else ability.added_to(row, edited, editor.tok))
+                rows.append(replace(summarise(name, protocol, metrics, "post"), **reading))
         if save_edits:
             requests = [entry.requested_rewrite for entry in before]
             write_edits(save_edits, edited, originals, requests, plain(editor.hparams))

@@ -19,8 +19,9 @@ from ..files import json_text, whole
 
 #: What a run writes, and so what ``overwrite`` removes.
 _OURS = (
-    "run.json", "summary.json", "curve.json", "tests.json", "easyedit-summary.json", "metrics-*.json", "*.jsonl",
-    "weights-*.safetensors", "*.png", "report.html", "summary.md", "summary.tex", "*.unfinished", "logs/easyedit.log",
+    "run.json", "summary.json", "curve.json", "tests.json", "easyedit-summary.json", "metrics-*.json", "ability-*.json",
+    "*.jsonl", "weights-*.safetensors", "*.png", "report.html", "summary.md", "summary.tex", "*.unfinished",
+    "logs/easyedit.log",
 )  # fmt: skip
 
 
