@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from kdpo_easyedit.bench import datasets, metrics
-from kdpo_easyedit.bench.batches import Batching, in_batches, prompt_tokens
+from kdpo_easyedit.bench.batches import Batching, in_batches
 from kdpo_easyedit.bench.metrics import (
     harmonic_score,
     measure,
@@ -29,6 +29,7 @@ from kdpo_easyedit.bench.metrics_benchmark import benchmark_metrics
 from kdpo_easyedit.cli.benchmark import print_metrics
 from kdpo_easyedit.easyedit.loading import ModelName
 from kdpo_easyedit.easyedit.measuring import edit_quality
+from kdpo_easyedit.method.preference import prompt_ids
 
 # One or two small records of every layout.
 LAYOUTS = {
@@ -199,13 +200,13 @@ def test_a_tokenizer_that_appends_an_end_token_is_measured_and_continued_before_
         single=f"$A {end}", pair=f"$A $B {end}", special_tokens=[(end, tok.eos_token_id)]
     )
     assert appending("Oslo")["input_ids"] == [*tok("Oslo")["input_ids"], tok.eos_token_id]
-    assert prompt_tokens(appending, "Oslo") == tok("Oslo")["input_ids"]
+    assert prompt_ids(appending, "Oslo") == tok("Oslo")["input_ids"]
     assert measure(model, appending, layouts) == measure(model, tok, layouts)
 
 
 def test_a_begin_token_is_kept_and_is_all_of_an_empty_prompt(llama):
     tok = llama[1]
-    assert prompt_tokens(tok, "Oslo") == tok("Oslo")["input_ids"] and prompt_tokens(tok, "") == [tok.bos_token_id]
+    assert prompt_ids(tok, "Oslo") == tok("Oslo")["input_ids"] and prompt_ids(tok, "") == [tok.bos_token_id]
 
 
 def test_probabilities_are_the_models_own_through_scaling_and_capping():
@@ -281,7 +282,7 @@ def test_every_text_has_random_numbers_of_its_own(llama):
     texts = written_for_fluency(model, tok, prompts)
     assert written_for_fluency(model, tok, prompts[::-1]) == texts[::-1] and len(set(texts)) == 3
     # Drawn from the five likeliest, in proportion: the first token of many seeds.
-    ids = torch.tensor([prompt_tokens(tok, prompts[0])])
+    ids = torch.tensor([prompt_ids(tok, prompts[0])])
     with torch.no_grad():
         likeliest = model(ids).logits[0, -1].topk(5)
     wanted = likeliest.values.softmax(-1)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..method.replay import by_onednn, forward_as
+from ..method.replay import forward_as, linear_by_onednn
 
 Result = TypeVar("Result")
 
@@ -58,21 +58,6 @@ def network(model: Any) -> Any:
 def context_length(model: Any) -> int | None:
     """How many tokens a model takes; None where it does not say."""
     return getattr(network(model).config, "max_position_embeddings", None)
-
-
-def prompt_tokens(tok: Any, prompt: str, special: bool = True) -> list[int]:
-    """A prompt's tokens, to go on from: with the tokenizer's begin token, where it has one, and without an end token.
-
-    Args:
-        special: False for a text in which special tokens stand already, as a chat template writes them.
-    """
-    encoded = tok(prompt, add_special_tokens=special, return_special_tokens_mask=True)
-    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
-    length = len(ids)
-    while special and length and added[length - 1]:
-        length -= 1
-    # Of an empty prompt only the begin token is left, which the loop has taken for an end.
-    return ids[:length] or ids[: 1 if ids and ids[0] == tok.bos_token_id else 0]
 
 
 def in_batches(
@@ -118,9 +103,7 @@ def running(model: Any, batching: Batching) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if not batching.one_by_one:
-            for module in network(model).modules():
-                if type(module) is nn.Linear and "forward" not in vars(module):  # accelerate keeps a forward there
-                    stack.enter_context(forward_as(module, by_onednn(module)))
+            stack.enter_context(linear_by_onednn(network(model)))
         yield
 
 

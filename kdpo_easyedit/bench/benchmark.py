@@ -38,13 +38,15 @@ class Shape:
     layer: int
 
 
-def _llama(width: int, inner: int, layers: int, heads: int, vocabulary: int) -> LlamaConfig:
+def llama(width: int, inner: int, layers: int, heads: int, vocabulary: int, **others: Any) -> LlamaConfig:
+    """A configuration of Llama's layout."""
     return LlamaConfig(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         vocab_size=vocabulary,
+        **others,
     )
 
 
@@ -61,13 +63,13 @@ SHAPES = {
         ),
         layer=21,
     ),
-    "llama-2-7b": Shape(_llama(4096, 11008, 32, 32, 32000), layer=21),
+    "llama-2-7b": Shape(llama(4096, 11008, 32, 32, 32000), layer=21),
     # Four layers of Llama-3-8B's, one of them above the edited one instead of ten: an edit costs less than the real one.
-    "llama-3-8b-cut": Shape(_llama(4096, 14336, 4, 32, 8000), layer=2),
+    "llama-3-8b-cut": Shape(llama(4096, 14336, 4, 32, 8000), layer=2),
     # Llama-2-7B's ratios at an eighth of its width and three eighths of its depth.
-    "small": Shape(_llama(512, 1376, 12, 8, 8000), layer=8),
+    "small": Shape(llama(512, 1376, 12, 8, 8000), layer=8),
     # A quarter of that width: in half precision, which most processors emulate, larger ones take minutes.
-    "tiny": Shape(_llama(128, 344, 12, 2, 1000), layer=8),
+    "tiny": Shape(llama(128, 344, 12, 2, 1000), layer=8),
 }
 
 
@@ -259,9 +261,10 @@ def measure_usage(model: PreTrainedModel, hparams: KDPOHyperParams, tokens: int 
     return UsageCost(factorisation, usage.inverse.nbytes, **medians)
 
 
-def _numbers(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+def _numbers(text: str, add_special_tokens: bool = True, return_special_tokens_mask: bool = False) -> dict[str, list[int]]:
     """A tokenizer of texts that are token numbers."""
-    return {"input_ids": [int(word) for word in text.split()]}
+    ids = [int(word) for word in text.split()]
+    return {"input_ids": ids, "special_tokens_mask": [0] * len(ids)}
 
 
 def _now() -> float:

@@ -19,7 +19,7 @@ from .answers import answers, exact
 from .batches import Batching
 from .datasets import DatasetError, Request
 from .metrics import measure as measure_in_batches
-from .metrics import with_locality
+from .metrics import rephrasings, with_locality
 from .schema import FOUR, MEASURES, EditMetrics, Metrics, Summary
 from .significance import joint_interval, mean_interval, share_interval
 from .writing import write_answers
@@ -99,12 +99,6 @@ def batching_for(model: Any) -> Batching:
     return Batching(one_by_one=True, decide_at=decide_at) if host.is_wrapper(model) else Batching()
 
 
-def rephrasings(request: Request) -> list[str]:
-    """A request's rephrased prompts: EasyEdit has one, or a list."""
-    given = request.get("rephrase_prompt") or []
-    return [given] if isinstance(given, str) else list(given)
-
-
 def per_edit(metrics: Sequence[EditMetrics], phase: str) -> dict[str, list[float | None]]:
     """A :class:`Summary`'s measures of every edit, each the mean over the edit's prompts; None where it has none."""
 
@@ -175,7 +169,7 @@ def retention(metrics: Sequence[EditMetrics], parts: int = 10) -> list[float]:
 def token_accuracy(model: Any, tok: Any, request: Request) -> float:
     """The share of the target's tokens that the model says under teacher forcing."""
     logits, targets = _target_logits(model, tok, request)
-    return (teacher_forced_negatives(logits) == targets).double().mean().item()
+    return (teacher_forced_negatives(logits) == targets).sum().item() / len(targets)
 
 
 def target_probability(model: Any, tok: Any, request: Request) -> float:

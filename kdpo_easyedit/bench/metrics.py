@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.preference import edit_tokens
-from .batches import BY_DEVICE, Batching, in_batches, logits_at, network, prompt_tokens, running
+from ..easyedit.measuring import words
+from ..method.preference import edit_tokens, prompt_ids
+from .batches import BY_DEVICE, Batching, in_batches, logits_at, network, running
 from .writing import write_on
 
 Metrics = dict[str, Any]
@@ -70,7 +71,7 @@ def measure(
     Args:
         model: a causal language model, or what a method has wrapped around one.
         tok: its tokenizer; its settings for padding make no difference.
-        requests: as :func:`kdpo_easyedit.datasets.load_requests` gives them; ``rephrase_prompt`` may be a list.
+        requests: as :func:`kdpo_easyedit.bench.datasets.load_requests` gives them; ``rephrase_prompt`` may be a list.
         fluency: whether to write texts and measure it, which takes longer than all else.
         old_answers: whether to hold the new answer's probability against the old one's, which is ``ground_truth``; a request
             without one has no such figures.
@@ -125,14 +126,19 @@ def with_locality(pre: Metrics, post: Metrics) -> Metrics:
     return {**post, "locality": {**post["locality"], **shares}}
 
 
+def rephrasings(request: Request) -> list[str]:
+    """A request's rephrased prompts: EasyEdit has one, or a list."""
+    given = request.get("rephrase_prompt") or []
+    return [given] if isinstance(given, str) else list(given)
+
+
 def _asked(request: Request, old_answers: bool) -> dict[tuple[str, str], list[tuple[str, str]]]:
     """A request's pairs of prompt and answer by section and kind."""
     new, old = request["target_new"], request.get("ground_truth")
-    rephrasings = request.get("rephrase_prompt") or []
-    rephrasings = [rephrasings] if isinstance(rephrasings, str) else list(rephrasings)
+    rephrased = rephrasings(request)
     asked = {("rewrite", ""): [(request["prompt"], new)]}
-    if rephrasings:
-        asked["rephrase", ""] = [(prompt, new) for prompt in rephrasings]
+    if rephrased:
+        asked["rephrase", ""] = [(prompt, new) for prompt in rephrased]
     neighbours = []
     for section in ("locality", "portability"):
         for kind, questions in (request.get(section) or {}).items():
@@ -142,7 +148,7 @@ def _asked(request: Request, old_answers: bool) -> dict[tuple[str, str], list[tu
             neighbours += asked[section, kind] if section == "locality" else []
     if old_answers and old:
         asked["old", "rewrite"] = [(request["prompt"], old)]
-        asked["old", "rephrase"] = [(prompt, old) for prompt in rephrasings]
+        asked["old", "rephrase"] = [(prompt, old) for prompt in rephrased]
         asked["new", "neighbour"] = [(prompt, new) for prompt, _ in neighbours]
     return asked
 
@@ -240,7 +246,7 @@ def written_for_fluency(
     and an end token ends nothing: what a text's entropy can be hangs on its length. Every prompt has random numbers of its own,
     made on the CPU from the seed and its words, so that its text does not hang on the batch or the order.
     """
-    ids = [prompt_tokens(tok, prompt.rstrip(" ")) for prompt in prompts]  # a space at the end would begin a word
+    ids = [prompt_ids(tok, prompt.rstrip(" ")) for prompt in prompts]  # a space at the end would begin a word
     uniforms = torch.stack([_uniforms(prompt, seed) for prompt in prompts]) if prompts else torch.empty(0)
 
     def draw(rows: list[int], step: int, logits: Tensor) -> Tensor:
@@ -262,23 +268,10 @@ def _uniforms(prompt: str, seed: int) -> Tensor:
 
 def ngram_entropy(text: str) -> float:
     """EasyEdit's fluency of a text: the mean of ⅔ of its bigrams' entropy and 4/3 of its trigrams', in bits."""
-    words = _words(text)
+    split = words(text)
     entropy = 0.0
     for n, weight in ((2, 2 / 3), (3, 4 / 3)):
-        counts = Counter(zip(*(words[start:] for start in range(n)))).values()
+        counts = Counter(zip(*(split[start:] for start in range(n)))).values()
         total = sum(counts)
         entropy += weight * sum(count / total * math.log2(total / count) for count in counts) / 2
     return entropy
-
-
-def _words(text: str) -> list[str]:
-    """As nltk splits text; without the data that it downloads, as its untrained splitter does."""
-    import nltk
-    from nltk.tokenize import NLTKWordTokenizer
-    from nltk.tokenize.punkt import PunktSentenceTokenizer
-
-    try:
-        return nltk.word_tokenize(text)
-    except LookupError:
-        sentences = PunktSentenceTokenizer().tokenize(text)
-        return [word for sentence in sentences for word in NLTKWordTokenizer().tokenize(sentence)]

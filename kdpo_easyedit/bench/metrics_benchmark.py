@@ -1,6 +1,6 @@
 """What measuring costs: EasyEdit's ``compute_edit_quality`` against :func:`kdpo_easyedit.bench.metrics.measure`, in one run.
 
-``python -m kdpo_easyedit.bench.metrics_benchmark MODEL --data FILE`` measures the same edits on the unedited model with both,
+``kdpo benchmark --metrics --model MODEL --data FILE`` measures the same edits on the unedited model with both,
 in turn, and prints seconds an edit, how many times faster the engine is, and how many teacher-forced figures are equal.
 """
 
@@ -14,10 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..easyedit.loading import ModelName
 from ..easyedit.measuring import edit_quality
+from .benchmark import llama
 from .datasets import Request, load_requests
 from .metrics import Metrics, measure
 
@@ -69,7 +70,7 @@ def benchmark_metrics(
         device: the model's.
         shape_1b: instead of the model's weights, random ones in the shape of Llama-3.2-1B; the tokenizer is the model's.
     """
-    requests = [_joined_alike(request) for request in load_requests(data, size=size)]
+    requests = load_requests(data, size=size)
     tok = AutoTokenizer.from_pretrained(folder)
     model: Any = _random_1b(len(tok)) if shape_1b else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(torch.device(device)).eval()
@@ -97,22 +98,9 @@ def benchmark_metrics(
     return MetricsBenchmark(len(requests), forced, everything, len(compared), differing, means)
 
 
-def _joined_alike(request: Request) -> Request:
-    """A request whose answer brings no space of its own: EasyEdit would put two between it and the prompt."""
-    return {**request, "target_new": request["target_new"].strip()}
-
-
 def _random_1b(vocabulary: int) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=vocabulary,
-        tie_word_embeddings=True,
-    )
+    config = llama(2048, 8192, 16, 32, vocabulary, num_key_value_heads=8, tie_word_embeddings=True)
     return AutoModelForCausalLM.from_config(config)
 
 

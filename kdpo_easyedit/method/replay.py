@@ -139,9 +139,7 @@ class Suffix:
     def __enter__(self) -> Suffix:
         with torch.no_grad():
             try:
-                for module in self.model.modules():
-                    if type(module) is nn.Linear and "forward" not in vars(module):  # accelerate keeps a forward there
-                        self._restore.enter_context(forward_as(module, by_onednn(module)))
+                self._restore.enter_context(linear_by_onednn(self.model))
                 self._record()
                 self._replay()
                 self._check()
@@ -380,7 +378,17 @@ def _returning(output: Any) -> Callable[..., Any]:
     return lambda *_args, **_kwargs: output
 
 
-def by_onednn(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+@contextmanager
+def linear_by_onednn(model: nn.Module) -> Iterator[None]:
+    """For a block, let all of a model's linear layers be :func:`_linear`; not those in which accelerate keeps a forward."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module) is nn.Linear and "forward" not in vars(module):
+                stack.enter_context(forward_as(module, _by_onednn(module)))
+        yield
+
+
+def _by_onednn(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: _linear(x, linear.weight, linear.bias)
 
 

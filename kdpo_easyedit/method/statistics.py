@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..files import whole
-from .replay import by_onednn, forward_as, frozen
+from .replay import frozen, linear_by_onednn
 from .weights import stored
 
 LOG = logging.getLogger(__name__)
@@ -513,9 +513,7 @@ def collect(
 
     saved, cost = time.monotonic(), 0.0
     with frozen(model), torch.no_grad(), ExitStack() as stack:
-        for module in model.modules():
-            if type(module) is nn.Linear and "forward" not in vars(module):  # accelerate keeps a forward there
-                stack.enter_context(forward_as(module, by_onednn(module)))
+        stack.enter_context(linear_by_onednn(model))
         for module in projections:
             stack.callback(module.register_forward_pre_hook(take).remove)
         bar = stack.enter_context(
