@@ -296,6 +296,14 @@ def test_easyedits_own_summary_is_beside_ours_where_it_has_one(run):
     assert not (folder / "logs" / "results.json").exists()
 
 
+def test_easyedits_own_summary_takes_edits_of_one_rephrasing_and_of_several():
+    if not on_main():
+        return
+    phases = [{"rewrite_acc": [1.0], "rephrase_acc": scores, "locality": {}, "portability": {}} for scores in ([1.0], [1.0, 0])]
+    metrics = [{"pre": {}, "post": phase} for phase in phases]
+    assert own_summary(metrics)["post"]["rephrase_acc"] == 0.75 and metrics[1]["post"]["rephrase_acc"] == [1.0, 0]
+
+
 def test_what_the_model_writes_is_kept_for_every_edit(run, loaded, requests):
     _, folder = run
     for entry, request in zip(json.loads((folder / "metrics-KDPO-single.json").read_text()), requests):
