@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -21,12 +22,14 @@ from kdpo_easyedit.bench.metrics import (
     harmonic_score,
     measure,
     ngram_entropy,
+    rephrasings,
     teacher_forced,
     with_locality,
     written_for_fluency,
 )
-from kdpo_easyedit.bench.metrics_benchmark import benchmark_metrics
+from kdpo_easyedit.bench.metrics_benchmark import benchmark_metrics, whole_words
 from kdpo_easyedit.cli.benchmark import print_metrics
+from kdpo_easyedit.cli.main import main
 from kdpo_easyedit.easyedit.loading import ModelName
 from kdpo_easyedit.easyedit.measuring import edit_quality
 from kdpo_easyedit.method.preference import prompt_ids
@@ -340,10 +343,28 @@ def test_the_model_is_left_as_it_was(llama, layouts):
     assert not any("forward" in vars(module) for module in model.modules()) and tok.padding_side == side
 
 
-def test_the_benchmark_times_both_and_compares_them(tmp_path, capsys):
-    (tmp_path / "edits.json").write_text(json.dumps(LAYOUTS["knowedit"]))
-    result = benchmark_metrics(REFERENCE / "llama", tmp_path / "edits.json", size=2)
-    assert (result.edits, result.figures, result.differing) == (2, 8, []) and result.forced.ratio > 0
+def test_the_benchmark_times_both_and_compares_them(llama, layouts, capsys):
+    model, tok = llama[0], copy.deepcopy(llama[1])
+    several = {**layouts[0], "rephrase_prompt": ["Mara Vell is of the family", "Vell's family:"]}
+    result = benchmark_metrics(model, tok, [several, layouts[1]])
+    assert (result.edits, result.figures, result.differing) == (2, 9, []) and result.forced.ratio > 0
     assert result.everything is not None and result.everything.ratio > 0 and min(result.fluency) > 1
     print_metrics(result, Console(width=120))
-    assert "equal, prompt by prompt: 8 of 8" in capsys.readouterr().out
+    assert "equal, prompt by prompt: 9 of 9" in capsys.readouterr().out
+
+
+def test_the_benchmark_runs_on_random_weights_of_a_shape_without_any_file(capsys):
+    main(["benchmark", "--metrics", "--shape", "tiny", "--size", "2"])
+    printed = capsys.readouterr().out
+    assert "tiny, 3 million parameters, float32 on cpu" in printed and "all metrics" in printed
+    found = re.search(r"equal, prompt by prompt: (\d+) of (\d+)", printed)
+    assert found and found[1] == found[2] and int(found[2]) > 15
+
+
+def test_whole_words_are_tokens_for_every_text_of_the_edits(layouts):
+    tok = whole_words(layouts, 5000)
+    assert len(tok) == 5000
+    for text in (layouts[0]["prompt"], layouts[3]["target_new"], rephrasings(layouts[-1])[0]):
+        ids = tok(text)["input_ids"]
+        assert ids[0] == tok.bos_token_id and tok.unk_token_id not in ids
+        assert tok.decode(ids, skip_special_tokens=True).split() == re.findall(r"\w+|[^\w\s]", text)

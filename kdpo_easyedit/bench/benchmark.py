@@ -63,6 +63,7 @@ SHAPES = {
         ),
         layer=21,
     ),
+    "llama-3.2-1b": Shape(llama(2048, 8192, 16, 32, 128256, num_key_value_heads=8, tie_word_embeddings=True), layer=10),
     "llama-2-7b": Shape(llama(4096, 11008, 32, 32, 32000), layer=21),
     # Four layers of Llama-3-8B's, one of them above the edited one instead of ten: an edit costs less than the real one.
     "llama-3-8b-cut": Shape(llama(4096, 14336, 4, 32, 8000), layer=2),

@@ -55,13 +55,7 @@ def measure(editor: Any, model: Any, requests: Sequence[Request], seed: int, how
         measured = []
         for request in requests:
             seed_everything(seed)  # so that what fluency samples does not hang on what was measured before
-            prompts = rephrasings(request)  # of a list, the host would read letters
-            one = {**request, "rephrase_prompt": prompts[0]} if prompts else request
-            quality = edit_quality(editor, model, one, how.fluency)
-            for prompt in prompts[1:]:
-                alone = {**request, "rephrase_prompt": prompt, "locality": {}, "portability": {}}
-                quality["rephrase_acc"] += edit_quality(editor, model, alone, fluency=False)["rephrase_acc"]
-            measured.append(quality)
+            measured.append(by_easyedit(editor, model, request, how.fluency))
     else:
         measured = measure_in_batches(model, tok, requests, how.fluency, old_answers=True, seed=seed, batching=batching)
     asked = [
@@ -84,6 +78,16 @@ def measure(editor: Any, model: Any, requests: Sequence[Request], seed: int, how
             ):
                 texts.setdefault(name, []).append(value)
     return measured
+
+
+def by_easyedit(editor: Any, model: Any, request: Request, fluency: bool = True) -> Metrics:
+    """The metrics of a request by the host's own code; of a list of rephrasings, in which it would read letters, each."""
+    prompts = rephrasings(request)
+    quality = edit_quality(editor, model, {**request, "rephrase_prompt": prompts[0]} if prompts else request, fluency)
+    for prompt in prompts[1:]:
+        alone = {**request, "rephrase_prompt": prompt, "locality": {}, "portability": {}}
+        quality["rephrase_acc"] += edit_quality(editor, model, alone, fluency=False)["rephrase_acc"]
+    return quality
 
 
 def measure_after(

@@ -7,9 +7,12 @@ import argparse
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
 from ..bench.benchmark import SHAPES, Result, UsageCost, hyper_params, load, measure, measure_usage
-from ..bench.metrics_benchmark import MetricsBenchmark, benchmark_metrics
+from ..bench.datasets import load_requests
+from ..bench.facts import FILES
+from ..bench.metrics_benchmark import MetricsBenchmark, benchmark_metrics, whole_words
 
 DESCRIPTION = "What an edit costs: the straightforward form of the method against this package's, in one run."
 
@@ -30,32 +33,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measuring.add_argument(
         "--metrics",
         action="store_true",
-        help="this package's measuring against EasyEdit's, in turn; with --model, --data",
+        help="this package's measuring against EasyEdit's, in turn, on --model or random weights in --shape",
     )
-    measuring.add_argument("--data", metavar="FILE", help="a benchmark file of edits")
+    measuring.add_argument("--data", metavar="FILE", help="a benchmark file of edits (default: those of real facts)")
     measuring.add_argument("--size", type=int, default=50, metavar="N", help="how many edits of it (default: 50)")
     measuring.add_argument("--no_fluency", action="store_true", help="the teacher-forced metrics alone")
-    measuring.add_argument(
-        "--random_1b", action="store_true", help="random weights in Llama-3.2-1B's shape; --model's tokenizer"
-    )
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure, and print it."""
+    dtype, console = getattr(torch, options.dtype), Console(highlight=False)
+    what = f"{options.dtype} on {options.device} ({torch.get_num_threads()} threads)"
     if options.metrics:
-        if not options.model or not options.data:
-            parser.error("--metrics needs --model, a model's folder, and --data, a benchmark file")
-        result = benchmark_metrics(
-            options.model, options.data, options.size, not options.no_fluency, options.device, options.random_1b
-        )
-        print_metrics(result, Console())
+        requests = load_requests(options.data or FILES["reported"], size=options.size)
+        model, _ = load(options.shape, options.model, dtype, options.device)
+        tok = AutoTokenizer.from_pretrained(options.model) if options.model else whole_words(requests, model.config.vocab_size)
+        console.print(f"{options.model or options.shape}, {model.num_parameters() / 1e6:.0f} million parameters, {what}")
+        print_metrics(benchmark_metrics(model, tok, requests, not options.no_fluency), console)
         return 0
-    model, layer = load(options.shape, options.model, getattr(torch, options.dtype), options.device)
+    model, layer = load(options.shape, options.model, dtype, options.device)
     hparams = hyper_params(model, layer, options.steps, options.device)
-    console = Console(highlight=False)
     console.print(
         f"{options.model or options.shape}, layer {layer} of {model.config.num_hidden_layers}, {options.tokens} tokens, "
-        f"{options.steps} steps, {options.dtype} on {options.device} ({torch.get_num_threads()} threads)"
+        f"{options.steps} steps, {what}"
     )
     if options.mom2:
         print_usage(measure_usage(model, hparams, options.tokens, options.repeats), console)
@@ -91,7 +91,7 @@ def print_result(result: Result, console: Console) -> None:
 
 def print_metrics(result: MetricsBenchmark, console: Console) -> None:
     """Show it as a table."""
-    table = Table(title=f"measuring {result.edits} edits, seconds an edit ({torch.get_num_threads()} threads on the CPU)")
+    table = Table(title=f"measuring {result.edits} edits, seconds an edit")
     for column in ("", "EasyEdit", "engine", "times faster"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {"rewrite, rephrase, locality, portability": result.forced, "all metrics": result.everything}
