@@ -25,6 +25,9 @@ from kdpo_easyedit.easyedit import host
 from kdpo_easyedit.easyedit.statistics import build_world
 from kdpo_easyedit.models.world import Recipe, World
 
+#: Where the models of the tests of the method lie: ``KDPO_TEST_DEVICE=cuda pytest tests/test_parity.py tests/test_kdpo.py …``.
+DEVICE = os.environ.get("KDPO_TEST_DEVICE", "cpu")
+
 REFERENCE = Path(__file__).parent / "reference"
 ROOT = Path(__file__).parent.parent
 
@@ -58,19 +61,21 @@ def requests(small_world):
 @pytest.fixture(scope="session")
 def loaded(small_world):
     """The small world's model and tokenizer, for tests that leave them as they were."""
-    return AutoModelForCausalLM.from_pretrained(small_world.folder), AutoTokenizer.from_pretrained(small_world.folder)
+    model = AutoModelForCausalLM.from_pretrained(small_world.folder).to(DEVICE)
+    return model, AutoTokenizer.from_pretrained(small_world.folder)
 
 
 @pytest.fixture
 def fresh(small_world):
     """The small world's model and tokenizer, for tests that change them."""
-    return AutoModelForCausalLM.from_pretrained(small_world.folder), AutoTokenizer.from_pretrained(small_world.folder)
+    model = AutoModelForCausalLM.from_pretrained(small_world.folder).to(DEVICE)
+    return model, AutoTokenizer.from_pretrained(small_world.folder)
 
 
 @pytest.fixture
 def hparams(small_world) -> KDPOHyperParams:
     """KDPO for the small world."""
-    return KDPOHyperParams(alg_name="KDPO", model_name=str(small_world.folder), device="cpu", layers=[3], lr=3e-3)
+    return KDPOHyperParams(alg_name="KDPO", model_name=str(small_world.folder), device=DEVICE, layers=[3], lr=3e-3)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REFERENCE
+from conftest import DEVICE, REFERENCE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,9 +23,9 @@ def test_recording_is_reproduced(path: Path) -> None:
     recording = json.loads(path.read_text())
     changes = load_file(path.with_suffix(".safetensors"))
     folder = REFERENCE / recording["model"]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
     tok = AutoTokenizer.from_pretrained(folder)
-    config = {**recording["hparams"], "alg_name": "KDPO", "model_name": str(folder), "device": "cpu"}
+    config = {**recording["hparams"], "alg_name": "KDPO", "model_name": str(folder), "device": DEVICE}
     hparams = KDPOHyperParams(
         **translate_release(config),
         # The sequential recording's lr is the undivided one, and the release applies each update twice.
@@ -48,7 +48,7 @@ def test_recording_is_reproduced(path: Path) -> None:
         assert trace.steps == sum(len(losses) for losses in edit["losses"])
         for name, weight in weights.items():
             change = changes[f"{number}/{name}"]
-            error = (weight - before[name] - change).norm() / change.norm()
+            error = ((weight - before[name]).cpu() - change).norm() / change.norm()
             assert error < 1e-3
         if recording["sequential"]:
             write(model, weights)
