@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import time
 from functools import cache
 from pathlib import Path
@@ -111,6 +112,8 @@ def adapted(hparams: Any, model: Any, tok: Any, stats_dir: Path) -> Any:
     hparams.model_name, hparams.device = (model, tok), "cpu"
     if hasattr(hparams, "layers"):
         hparams.layers = list(range(len(hparams.layers)))
+    if hasattr(hparams, "inner_params"):
+        hparams.inner_params = [re.sub(r"\[\d+\]", f"[{DEPTH - 1}]", name) for name in hparams.inner_params]
     if hasattr(hparams, "v_loss_layer"):
         hparams.v_loss_layer = DEPTH - 1
     if hasattr(hparams, "stats_dir"):
@@ -164,6 +167,7 @@ def test_a_provided_yaml_makes_an_edit(path, stats_dir, tmp_path, monkeypatch):
         pytest.importorskip("peft")
     depth = LAYERS[hparams.model_name]
     assert all(layer < depth for layer in getattr(hparams, "layers", []))
+    assert all(int(layer) < depth for name in getattr(hparams, "inner_params", []) for layer in re.findall(r"\[(\d+)\]", name))
     assert getattr(hparams, "v_loss_layer", 0) < depth
     edit_and_undo(hparams, stats_dir)
 
