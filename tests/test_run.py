@@ -64,6 +64,13 @@ HAND = ["--prompt", "Ada works as a", "--target_new", "judge"]
         (["--data_dir", "data.json", "--datatype", "zsre_ment"], "datatype is 'zsre_ment'; allowed: knowedit"),
         (["--ds_size", "0"], "--ds_size is 0"),
         (["--eval_at", "10", "0"], "--eval_at is [10, 0]"),
+        (["--edit_batch", "0"], "--edit_batch is [0]"),
+        (["--editing_method", "MEMIT", "ROME", "--edit_batch", "1", "10"], "ROME makes one edit at a time: no batches of 10"),
+        (
+            ["--editing_method", "MEMIT", "--edit_batch", "3", "--data_dir", "data.json"],
+            "edit_batch is 3, and there are 1 edits",
+        ),
+        (["--edit_batch", "2", "--orders", "2"], "--edit_batch makes edits in the given order"),
         (["--save_edits", "x"], "name one method"),
         (
             ["--editing_method", "MEND"],

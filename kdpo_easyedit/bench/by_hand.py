@@ -92,7 +92,7 @@ def edit_by_hand(
             algorithms.set_memory()
             edit = timed_edit(editor, editor.model, request, seed)
             try:
-                found.append(said(edit.model, method.name, edit.seconds, edit.trace))
+                found.append(said(edit.model, method.name, edit.seconds, edit.traces[0]))
                 if save_edits:
                     write_edits(save_edits, edit.model, edit.originals, [request], plain(editor.hparams))
             finally:

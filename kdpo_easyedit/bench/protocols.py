@@ -57,7 +57,19 @@ from .measuring import (
 )
 from .peak import PeakMemory
 from .runs import RunFolder
-from .schema import SEQUENTIAL, SINGLE, VERSION, EditMetrics, Metrics, PairedTest, Summary, from_json, to_json
+from .schema import (
+    SEQUENTIAL,
+    SINGLE,
+    VERSION,
+    EditMetrics,
+    Metrics,
+    PairedTest,
+    Summary,
+    batch_size,
+    from_json,
+    is_order,
+    to_json,
+)
 from .significance import paired_tests
 from .versions import versions
 
@@ -113,6 +125,7 @@ class Comparison:
         curve: one for every method and checkpoint of the sequential edits.
         tests: one for every measure of every row but the first method's, or KDPO's where it is there.
         caveats: what has to be known of a method's figures, by method.
+        left_out: of methods and protocols that do not go together, why, in words.
     """
 
     before: Summary
@@ -121,6 +134,7 @@ class Comparison:
     curve: list[Summary]
     tests: list[PairedTest] = field(default_factory=list)
     caveats: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
 
 def compare(
@@ -142,7 +156,9 @@ def compare(
     """Run every method under every protocol. What is done is in ``folder`` at once; the same call again goes on from there.
 
     Under ``"single"`` the model is restored after each edit. Under ``"sequential"`` every edit starts from what the last one
-    left, and at every checkpoint all edits so far are measured on the model as it stands then; the last is the result.
+    left, and at every checkpoint all edits so far are measured on the model as it stands then; the last is the result. Under
+    ``"batches-10"`` ten edits are made at once, then the next ten, and all are measured at the end; a method that makes one
+    edit at a time is left out of it.
 
     Written are ``metrics-METHOD-PROTOCOL.json`` in EasyEdit's format (for earlier checkpoints ``…-at-N.json``),
     ``ability-METHOD-PROTOCOL.json`` likewise, ``summary.json``, for sequential edits ``curve.json``, ``tests.json``, where
@@ -152,7 +168,8 @@ def compare(
     Args:
         methods: all on the same model.
         requests: the edits, as :func:`kdpo_easyedit.bench.datasets.load_requests` gives them.
-        protocols: ``"single"``, ``"sequential"``, and the same edits in other orders (:func:`.schema.in_order`).
+        protocols: ``"single"``, ``"sequential"``, the same edits in other orders (:func:`.schema.in_order`), and in batches
+            (:func:`.schema.in_batches`).
         folder: the run's own; made if need be.
         seed: of all sampling: fluency's, and the contexts that ROME and MEMIT write.
         eval_at: after how many sequential edits to measure; left out, at powers of ten and the end.
@@ -174,6 +191,7 @@ def compare(
     folder = folder.resolve()
     save_edits, save_model = (path and path.resolve() for path in (save_edits, save_model))
     check(methods, protocols, save_edits, save_model)
+    check_batches(protocols, len(requests))
     methods = [Method(method.name, in_place(method.hparams)) for method in methods]
     if stats_text is not None:
         methods = [Method(method.name, with_text(method.hparams, stats_text)) for method in methods]
@@ -190,7 +208,13 @@ def compare(
     }
 
     caveats = {method.name: words for method in methods if (words := algorithms.caveat(method.hparams))}
-    about = {"data": data_name, "device": _machine(methods[0].hparams.device), "caveats": caveats}
+    apart = left_out(methods, protocols)
+    about = {
+        "data": data_name,
+        "device": _machine(methods[0].hparams.device),
+        "caveats": caveats,
+        "left_out": list(apart.values()),
+    }
     with RunFolder(folder, settings, overwrite, about) as run, algorithms.output_to(folder):
         first = host.BaseEditor(copy.copy(methods[0].hparams))
         _check_room(requests, first.model, first.tok)
@@ -203,9 +227,11 @@ def compare(
             reading = read_text(first.model, first.tok, ability_texts)
             unedited = replace(unedited, perplexity=round(reading.perplexity, 4))
         ability = Ability(ability_texts, reading) if reading else None
-        result = Comparison(unedited, [], [], [], caveats=caveats)
+        result = Comparison(unedited, [], [], [], caveats=caveats, left_out=list(apart.values()))
         for protocol in protocols:
             for method in methods:
+                if (method.name, protocol) in apart:
+                    continue
                 editor = editor_of(method, first, protocol)
                 algorithms.set_memory()
                 if protocol == SINGLE:
@@ -213,9 +239,12 @@ def compare(
                 else:
                     entries, kept = before, (save_edits, save_model)
                     if protocol != SEQUENTIAL:
-                        entries, kept = _shuffled(before, f"{seed} {protocol}"), (None, None)
+                        kept = None, None
+                    if is_order(protocol):
+                        entries = _shuffled(before, f"{seed} {protocol}")
+                    measured_at = checkpoints if batch_size(protocol) == 1 else checkpoints[-1:]
                     rows = _edit_in_sequence(
-                        run, editor, entries, method.name, protocol, seed, how, ability, checkpoints, bar, *kept
+                        run, editor, entries, method.name, protocol, seed, how, ability, measured_at, bar, *kept
                     )
                     row = rows[-1]
                     if protocol == SEQUENTIAL:
@@ -258,6 +287,35 @@ def check(
         check_device(methods[0].hparams.device)
 
 
+def check_batches(protocols: Sequence[str], edits: int) -> None:
+    """Whether there are edits enough for every protocol.
+
+    Raises:
+        HostError: there are not.
+    """
+    largest = max(map(batch_size, protocols))
+    if largest > edits:
+        raise host.HostError(f"edit_batch is {largest}, and there are {edits} edits; allowed: at most as many as there are")
+
+
+def left_out(methods: Sequence[Method], protocols: Sequence[str]) -> dict[tuple[str, str], str]:
+    """By name and protocol, the methods that make one edit at a time and so cannot make batches, each with that in words.
+
+    Raises:
+        HostError: no method is left for a protocol.
+    """
+    apart: dict[tuple[str, str], str] = {}
+    for protocol in protocols:
+        if (size := batch_size(protocol)) > 1:
+            single = [method.name for method in methods if not algorithms.takes_batches(method.hparams)]
+            if len(single) == len(methods):
+                raise host.HostError(
+                    f"edit_batch is {size}, and {', '.join(single)} make one edit at a time; allowed: 1, or other methods"
+                )
+            apart |= {(name, protocol): f"{name} makes one edit at a time: no batches of {size}" for name in single}
+    return apart
+
+
 def _measure_before(
     run: RunFolder, editor: Any, requests: Sequence[Request], seed: int, how: Measuring, bar: Bar
 ) -> list[EditMetrics]:
@@ -283,7 +341,7 @@ def _edit_one_by_one(
                 (post,) = measure_after(editor, edit.model, [entry], seed, how)
             finally:
                 algorithms.undo_edits(editor, edit.originals)
-            journal.append({"time": edit.seconds, "post": post, **edit.trace})
+            journal.append({"time": edit.seconds, "post": post, **edit.traces[0]})
             progress.set_postfix_str(_running(journal.entries), refresh=False)
             progress.update()
     metrics = [
@@ -333,14 +391,15 @@ def _edit_in_sequence(
     save_edits: Path | None,
     save_model: Path | None,
 ) -> list[Summary]:
-    """Edits made one after another; at every checkpoint all so far are measured. Returns a row a checkpoint.
+    """Edits made one after another, or batch after batch; at every checkpoint all so far are measured. A row a checkpoint.
 
     A run that was cut off goes on from the last weights on disk. What an edit samples follows from the seed and its number,
     and what methods remember, such as ROME's contexts, is kept with the weights, so that nothing tells the difference
     afterwards. Edits in a wrapper (GRACE, WISE) are not saved: such a sequence starts over.
     """
     journal = run.journal(f"{name}-{protocol}.jsonl")
-    kept = f"weights-{name}{protocol.removeprefix(SEQUENTIAL)}.safetensors"
+    size = batch_size(protocol)
+    kept = f"weights-{name}{protocol.removeprefix(SEQUENTIAL) if size == 1 else f'-{protocol}'}.safetensors"
     weights, notes = run.read_weights(kept)
     in_weights, resumes = algorithms.edits_weights(editor.hparams), algorithms.can_resume(editor.hparams)
     complete = not resumes and (run.path / f"metrics-{name}-{protocol}.json").exists()
@@ -363,14 +422,17 @@ def _edit_in_sequence(
         if protected:
             kdpo_c.protect_keys(edited, editor.tok, editor.hparams, protected)
         saved_at = time.monotonic()
-        with bar(total=len(before), initial=finished, desc=f"{name}, sequential edits") as progress:
+        with bar(total=len(before), initial=finished, desc=f"{name}, {protocol} edits") as progress:
             for checkpoint in checkpoints:
-                for entry in before[len(journal.entries) : checkpoint]:
-                    edit = _tried(editor, edited, entry.requested_rewrite, seed + len(journal.entries))
+                while batch := before[len(journal.entries) : checkpoint][:size]:
+                    asked = [entry.requested_rewrite for entry in batch]
+                    edit = _tried(editor, edited, asked if size > 1 else asked[0], seed + len(journal.entries))
                     edited, originals = edit.model, edit.originals | originals
-                    journal.append({"time": edit.seconds, **edit.trace, **_norms(edited, originals)})
+                    norms = _norms(edited, originals)
+                    for trace in edit.traces:
+                        journal.append({"time": edit.seconds, **trace, **norms})
                     progress.set_postfix_str(_running(journal.entries), refresh=False)
-                    progress.update()
+                    progress.update(len(batch))
                     made = len(journal.entries)
                     due = made - finished >= _SAVE_EDITS or time.monotonic() - saved_at >= _SAVE_SECONDS
                     if resumes and (due or made == checkpoint):
@@ -447,15 +509,22 @@ def _running(entries: Sequence[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit, made: the model, the changed weights as they were, how long it took, and what the method tells of it."""
+    """One edit, or a batch of them, made.
+
+    Attributes:
+        model: the edited one.
+        originals: the changed weights as they were.
+        seconds: that an edit took, of a batch's its share; None where it could not be made.
+        traces: what the method tells of each.
+    """
 
     model: Any
     originals: dict[str, torch.Tensor]
     seconds: float | None
-    trace: dict[str, Any]
+    traces: list[dict[str, Any]]
 
 
-def _tried(editor: Any, model: Any, request: Request, seed: int) -> Edit:
+def _tried(editor: Any, model: Any, request: Request | Sequence[Request], seed: int) -> Edit:
     """:func:`timed_edit`; where the edit cannot be made (no memory, a prompt too long, no finite loss), the model as it was."""
     try:
         return timed_edit(editor, model, request, seed)
@@ -464,13 +533,15 @@ def _tried(editor: Any, model: Any, request: Request, seed: int) -> Edit:
     except Exception as error:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        requests = [request] if isinstance(request, Mapping) else request
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        tqdm.write(f"{editor.hparams.alg_name} could not edit {request['prompt']!r}: {reason}", file=sys.__stderr__)
-        return Edit(model, {}, None, {"error": reason})
+        which = f"{requests[0]['prompt']!r}" + (f" and {len(requests) - 1} more" if len(requests) > 1 else "")
+        tqdm.write(f"{editor.hparams.alg_name} could not edit {which}: {reason}", file=sys.__stderr__)
+        return Edit(model, {}, None, [{"error": reason}] * len(requests))
 
 
-def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
-    """One edit by an editor's method; of KDPO with its trace, of others with ``final_token_accuracy`` alone."""
+def timed_edit(editor: Any, model: Any, request: Request | Sequence[Request], seed: int) -> Edit:
+    """One edit by an editor's method, or a batch; of KDPO with its traces, of others with ``final_token_accuracy`` alone."""
     seed_everything(seed)
     traces: list[EditTrace] = []
     model = algorithms.model_to_edit(editor, model)
@@ -482,12 +553,18 @@ def timed_edit(editor: Any, model: Any, request: Request, seed: int) -> Edit:
     synchronize()
     once = once_seconds()
     seconds = time.perf_counter() - started - once
-    trace: dict[str, Any] = {"memory": peak.bytes(), "once": once}
-    if traces:
-        trace |= traces[0].to_dict() | {"negative_texts": [editor.tok.decode(tokens) for tokens in traces[0].negatives]}
-    else:
-        trace["final_token_accuracy"] = token_accuracy(edited, editor.tok, request)
-    return Edit(edited, originals, seconds, trace)
+    memory = peak.bytes()
+    requests = [request] if isinstance(request, Mapping) else request
+    of_each: list[dict[str, Any]] = []
+    for number, each in enumerate(requests):
+        entry: dict[str, Any] = {"memory": memory, "once": once / len(requests)}
+        if len(traces) == len(requests):
+            entry |= traces[number].to_dict()
+            entry["negative_texts"] = [editor.tok.decode(tokens) for tokens in traces[number].negatives]
+        else:
+            entry["final_token_accuracy"] = token_accuracy(edited, editor.tok, each)
+        of_each.append(entry)
+    return Edit(edited, originals, seconds / len(requests), of_each)
 
 
 def _compare_rows(run: RunFolder, rows: Sequence[Summary]) -> list[PairedTest]:

@@ -17,6 +17,24 @@ def in_order(number: int) -> str:
     return SEQUENTIAL if number == 1 else f"{SEQUENTIAL}-{number}"
 
 
+def is_order(protocol: str) -> bool:
+    """Whether a protocol is of sequential edits in another order than the given one."""
+    return protocol.startswith(f"{SEQUENTIAL}-")
+
+
+def in_batches(size: int) -> str:
+    """The protocol of edits made so many at once, one batch after another; of size 1, :data:`SEQUENTIAL`."""
+    return SEQUENTIAL if size == 1 else f"{_BATCHES}{size}"
+
+
+def batch_size(protocol: str) -> int:
+    """How many edits a protocol makes at once."""
+    return int(protocol.removeprefix(_BATCHES)) if protocol.startswith(_BATCHES) else 1
+
+
+_BATCHES = "batches-"
+
+
 #: What is measured of an edit; a :class:`Summary` has the mean of each, with an interval.
 MEASURES = (
     "edit_success", "generated_success", "exact_success", "generalization", "generated_generalization", "exact_generalization",

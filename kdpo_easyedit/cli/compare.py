@@ -22,14 +22,15 @@ EXAMPLES = """\
 examples:
   python run_kdpo.py
   python run_kdpo.py --editing_method KDPO FT ROME MEMIT --sequential_edit --ds_size 100 --metrics_save_dir hundred
+  python run_kdpo.py --editing_method MEMIT FT-M --edit_batch 1 10 100 --ds_size 100 --metrics_save_dir batches
   python run_kdpo.py --ablation --metrics_save_dir ablation
   python run_kdpo.py --prompt "Ruhon Nugil works as a" --target_new banker --locality_prompt "Ruhon Nugil was born in"
   python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
   python run_kdpo.py report output hundred --metrics_save_dir both    (see report --help)
 """
 _NOT_BY_HAND = (
-    "sequential_edit", "eval_at", "orders", "ablation", "data_dir", "datatype", "ds_size", "shuffle", "stats_text",
-    "metrics_save_dir",
+    "sequential_edit", "eval_at", "edit_batch", "orders", "ablation", "data_dir", "datatype", "ds_size", "shuffle",
+    "stats_text", "metrics_save_dir",
     "overwrite", "save_model", "metrics", "context", "no_fluency", "ability_text",
 )  # fmt: skip
 
@@ -49,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="after how many sequential edits to measure all of them so far (default: powers of ten, and the end)",
+    )
+    what.add_argument(
+        "--edit_batch",
+        nargs="+",
+        type=int,
+        metavar="B",
+        help="make the edits B at once, one batch after another until all are made, for methods that can; 1: sequential edits; "
+        "measured on the final model (a table a B)",
     )
     what.add_argument(
         "--orders",
@@ -131,8 +140,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from ..bench import datasets
     from ..bench.companions import companions, have_companions
     from ..bench.measuring import Measuring
-    from ..bench.protocols import ablation, check, compare
-    from ..bench.schema import SEQUENTIAL, SINGLE, in_order
+    from ..bench.protocols import ablation, check, check_batches, compare, left_out
+    from ..bench.schema import SEQUENTIAL, SINGLE, in_batches, in_order
+    from ..easyedit.host import HostError
     from ..method.statistics import Text
     from ..report.charts import curve_chart, radar_chart
     from ..report.documents import write_documents
@@ -152,10 +162,17 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.orders > 1 and not (options.sequential_edit or options.ablation or main_job):
         parser.error(f"--orders is {options.orders}, and single edits have no order; add --sequential_edit")
     protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if main_job else [SINGLE]
+    if options.edit_batch:
+        protocols = [in_batches(size) for size in dict.fromkeys(options.edit_batch)]
     protocols += [in_order(number) for number in range(2, options.orders + 1)]
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
     check(methods, protocols, **kept)
+    apart = left_out(methods, protocols)
+    for words in apart.values():
+        if options.editing_method:
+            raise HostError(f"{words}; leave it out of --editing_method, or give it a run of its own with --edit_batch 1")
+        console.print(f"{words}: left out there", style="dim")
     load_requests = partial(
         datasets.load_requests,
         datatype=options.datatype,
@@ -165,6 +182,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     )
     # The user's files first: what is wrong with them is told before a model is fetched or built.
     requests = load_requests(options.data_dir) if options.data_dir else []
+    if requests:
+        check_batches(protocols, len(requests))
     stats_text, data_name = None, Path(options.data_dir or "").name
     ability_texts: Sequence[str] = ()
     if options.stats_text:
@@ -181,7 +200,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         eval_at = eval_at or [100, 500]
 
     folder = Path(options.metrics_save_dir or "output")
-    complete = not options.overwrite and _is_complete(folder, len(methods) * len(protocols))
+    complete = not options.overwrite and _is_complete(folder, len(methods) * len(protocols) - len(apart))
     comparison = compare(
         methods,
         requests,
@@ -219,8 +238,12 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         parser.error(f"--orders is {options.orders}; allowed: a whole number, 1 or above")
     if min(options.eval_at or [1]) < 1:
         parser.error(f"--eval_at is {options.eval_at}; allowed: whole numbers, 1 or above")
+    if min(options.edit_batch or [1]) < 1:
+        parser.error(f"--edit_batch is {options.edit_batch}; allowed: whole numbers, 1 or above")
+    if options.edit_batch and options.orders > 1:
+        parser.error(f"--orders is {options.orders}, and --edit_batch makes edits in the given order; leave one of them out")
     if options.ablation:
-        for flag in ("editing_method", "save_edits", "save_model"):
+        for flag in ("editing_method", "edit_batch", "save_edits", "save_model"):
             if getattr(options, flag):
                 parser.error(f"--ablation compares four methods of its own, and takes no --{flag}")
     if options.prompt is None or options.target_new is None:

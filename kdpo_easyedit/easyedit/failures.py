@@ -12,6 +12,7 @@ from torch import nn
 
 from ..method.weights import read, write
 from ..plugin import is_easyedit
+from .lifelong import learnt
 
 # The edits that WISE keeps in its module, to train on them again.
 _HISTORIES = ("edit_history", "merge_group_edit_history")
@@ -29,6 +30,7 @@ def as_it_was_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[Non
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(module, _attributes(module)) for module in model.modules()]
     histories = [(its, _histories(its)) for name, its in list(sys.modules.items()) if is_easyedit(name)]
+    learnt_before = dict(learnt)
     try:
         yield
     except BaseException:
@@ -42,6 +44,8 @@ def as_it_was_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[Non
                 tensor.copy_(value)
         for its, kept in histories:
             vars(its).update(kept)
+        learnt.clear()
+        learnt.update(learnt_before)
         raise
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files import whole
 from ..method.weights import fingerprint
-from . import both
+from . import both, lifelong
 from .host import ALG_DICT, HostError, is_wrapper, replace_everywhere, submodule
 
 
@@ -24,6 +24,7 @@ def mend() -> None:
     _mend_generation()
     _mend_routing()
     _mend_projections()
+    ALG_DICT["ULTRAEDIT"] = lifelong.apply_ultraedit_to_model
     _mend_dpo()
     _mend_grace()
     _mend_wise()

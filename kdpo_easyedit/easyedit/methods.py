@@ -8,8 +8,8 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from ..method.weights import read, write
 from ..plugin import is_easyedit
 from .failures import as_it_was_on_failure, check_finite
 from .host import ALG_DICT, EDITOR_LOG, IS_RELEASE, HostError, easyeditor, is_wrapper, submodule
+from .lifelong import learnt
+
+Request = dict[str, Any]
 
 #: Keys of main's hyper-parameters that the release lacks, each with what the release does.
 RELEASE_BEHAVIOUR = {
@@ -31,7 +34,7 @@ RELEASE_BEHAVIOUR = {
 # A method's edits are in the model's own weights, and it tells which; or they are in a copy of the model: in the weights of
 # an adapter, or in whatever else the method wraps the copy in.
 _IN_WEIGHTS = (
-    "KDPO", "FT", "ROME", "R-ROME", "MEMIT", "MEMIT-FE", "EMMET", "PMET", "AlphaEdit", "SPHERE", "CORE",
+    "KDPO", "FT", "ROME", "R-ROME", "MEMIT", "MEMIT-FE", "EMMET", "PMET", "AlphaEdit", "SPHERE", "CORE", "ULTRAEDIT",
 )  # fmt: skip
 _IN_ADAPTERS = ("LoRA", "DPO")
 _IN_WRAPPERS = ("GRACE", "WISE", "KN")
@@ -49,7 +52,6 @@ _LEFT_OUT = {
     "EAMET": "cannot edit GPT-2, on which methods are tried out here",
     "MELO": "needs a second model, which tells prompts apart",
     "SimIE": "is a way to run another method, which it would have to load",
-    "ULTRAEDIT": "forgets its lifelong normaliser from edit to edit here, and does not tell which weights it changed",
 }
 
 
@@ -61,6 +63,18 @@ def edits_weights(hparams: Any) -> bool:
 def can_resume(hparams: Any) -> bool:
     """Whether a sequence that was cut off can go on from saved weights; what a wrapper holds is not saved."""
     return hparams.alg_name not in _IN_WRAPPERS
+
+
+def takes_batches(hparams: Any) -> bool:
+    """Whether a method makes several edits at once, of the requests of one call."""
+    match hparams.alg_name:
+        case "FT":  # FT-L's, after the prompt's last token, trains on the padding of answers too
+            return getattr(hparams, "objective_optimization", "prompt_last") == "target_new"
+        case "LoRA":  # the release's takes end tokens for padding
+            return not IS_RELEASE
+        case method:
+            batchable: bool = submodule("editors.batch_editor").BatchEditor.is_batchable_method(method)
+            return batchable or method in ("SPHERE",)
 
 
 def adapter_weights(model: Any) -> list[str]:
@@ -117,11 +131,14 @@ def model_to_edit(editor: Any, model: Any) -> Any:
 
 
 def apply_edit(
-    editor: Any, model: Any, request: dict[str, Any], traces: list[Any] | None = None
+    editor: Any, model: Any, request: Request | Sequence[Request], traces: list[Any] | None = None
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """One edit by ``BaseEditor``'s method: the edited model, and the weights that it changed, as they were.
+    """One edit by ``BaseEditor``'s method, or several at once: the edited model, and the weights that it changed, as they were.
 
-    KDPO adds its trace to ``traces``; the others take no notice of it.
+    KDPO adds its traces to ``traces``; the others take no notice of it.
+
+    Args:
+        request: one, or several, for a method that :func:`takes_batches`.
 
     Raises:
         Exception: whatever the method raises, or an ArithmeticError where it has left numbers that are not finite. The model
@@ -129,29 +146,58 @@ def apply_edit(
     """
     if is_wrapper(model):
         model = model.model  # the wrapped copy, in which the method finds its layer
-    request = request | _wanted_beside(editor, model, request)
-    with as_it_was_on_failure(model, _at_risk(editor.hparams, model)):
+    asked = [request] if isinstance(request, Mapping) else request
+    requests = [each | _wanted_beside(editor, model, each) for each in asked]
+    hparams = editor.hparams
+    if len(requests) > 1 and hasattr(hparams, "batch_size"):
+        hparams = copy.copy(hparams)
+        hparams.batch_size = len(requests)
+    with as_it_was_on_failure(model, _at_risk(hparams, model)):
         for name, module in model.named_modules():
             if "lora_" in name:
                 module.train()
-        edited, originals = editor.apply_algo(
-            model,
-            editor.tok,
-            [request],
-            editor.hparams,
-            copy=False,
-            return_orig_weights=True,
-            keep_original_weight=IS_RELEASE or edits_weights(editor.hparams),  # EMMET tells of no weights otherwise
-            train_ds=None,
-            traces=traces,
-        )
-        if edits_weights(editor.hparams):
+        with _told_positions(model) if len(requests) > 1 else nullcontext():
+            edited, originals = editor.apply_algo(
+                model,
+                editor.tok,
+                requests,
+                hparams,
+                copy=False,
+                return_orig_weights=True,
+                keep_original_weight=IS_RELEASE or edits_weights(hparams),  # EMMET tells of no weights otherwise
+                train_ds=None,
+                traces=traces,
+            )
+        if edits_weights(hparams):
             check_finite(read(model, originals))
         else:  # an adapter's, or what a wrapper trains
             originals = {}
             check_finite({name: weight for name, weight in edited.named_parameters() if weight.requires_grad})
     # Adapters are trained with their dropout and used without; main leaves it on.
     return edited.eval(), originals
+
+
+@contextmanager
+def _told_positions(model: Any) -> Iterator[None]:
+    """For a block, a model that is told no positions counts them from each row's first token.
+
+    EasyEdit pads batches on the left for some methods, and tells none: where positions are learnt, as in GPT-2, what such a
+    method trains on would stand elsewhere than what is asked later.
+    """
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def tell(_module: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
+        mask = keywords.get("attention_mask")
+        told = any(keywords.get(name) is not None for name in ("position_ids", "past_key_values"))
+        if mask is not None and mask.ndim == 2 and not told:
+            keywords = keywords | {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        return arguments, keywords
+
+    handle = network.base_model.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _at_risk(hparams: Any, model: Any) -> list[str]:
@@ -162,6 +208,8 @@ def _at_risk(hparams: Any, model: Any) -> list[str]:
             return []
         case "KN":  # changes weights of any layer
             return names
+        case "ULTRAEDIT":
+            return [name for name in names if name.removesuffix(".weight") in hparams.inner_params]
         case method if method in _IN_WEIGHTS:
             templates = getattr(hparams, "rewrite_module_tmps", [hparams.rewrite_module_tmp])
             edited = [template.format(layer) for template in templates for layer in hparams.layers]
@@ -171,7 +219,7 @@ def _at_risk(hparams: Any, model: Any) -> list[str]:
     return []
 
 
-def _wanted_beside(editor: Any, model: Any, request: dict[str, Any]) -> dict[str, str]:
+def _wanted_beside(editor: Any, model: Any, request: Request) -> dict[str, str]:
     """What some methods want to know beside the request, or otherwise than it says.
 
     DPO's answer to avoid is what the model says now, as many tokens as the target has. WISE's text that the edit is not about
@@ -202,6 +250,7 @@ def undo_edits(editor: Any, originals: dict[str, torch.Tensor]) -> None:
     """Give ``editor.model`` back the weights that :func:`apply_edit` told of, and let the method forget its edits."""
     write(editor.model, originals)
     _forget("cache_c_new", "edit_history", "merge_group_edit_history")
+    learnt.clear()
 
 
 # What methods keep in their modules, and what it is before anything is kept: contexts that they have written for the model,
@@ -232,16 +281,22 @@ def memory() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             contexts[name] = its.CONTEXT_TEMPLATES_CACHE
         if is_easyedit(name) and vars(its).get("cache_c_new"):
             tensors[name] = its.cache_c
+    tensors |= {f"{method}: {name}": tensor for method, its in learnt.items() for name, tensor in its.items()}
     return contexts, tensors
 
 
 def set_memory(contexts: Mapping[str, Any] | None = None, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Let methods remember this and nothing else; they would keep what they have for whatever model comes next."""
     _forget(*_MEMORY)
+    learnt.clear()
     for name, written in (contexts or {}).items():
         submodule(name.partition(".")[2]).CONTEXT_TEMPLATES_CACHE = written
-    for name, keys in (tensors or {}).items():
-        vars(submodule(name.partition(".")[2])).update(cache_c=keys, cache_c_new=True)
+    for name, tensor in (tensors or {}).items():
+        method, colon, its = name.partition(": ")
+        if colon:
+            learnt.setdefault(method, {})[its] = tensor
+        else:
+            vars(submodule(name.partition(".")[2])).update(cache_c=tensor, cache_c_new=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from ..bench.measuring import per_edit, summarise
 from ..bench.protocols import Comparison
 from ..bench.runs import RunError, RunFolder, differences
-from ..bench.schema import SEQUENTIAL, SINGLE, VERSION, EditMetrics, PairedTest, Row, Summary, from_json
+from ..bench.schema import VERSION, EditMetrics, PairedTest, Row, Summary, from_json, is_order
 from ..bench.significance import paired_tests
 
 Key = tuple[str, str]
@@ -71,10 +71,11 @@ def _read(folder: Path) -> Results:
     metrics = {key: _rows(run, EditMetrics, "metrics-{}-{}.json".format(*key)) or [] for key in keys}
     traces = {(method, protocol): run.journal(f"{method}-{protocol}.jsonl").entries for method, protocol in keys}
     for key, of in metrics.items():  # other orders' edits beside the given one's
-        if key[1] not in (SINGLE, SEQUENTIAL) and len(of) == len(traces[key]):
+        if is_order(key[1]) and len(of) == len(traces[key]):
             places = sorted(range(len(of)), key=lambda place: of[place].case_id)
             metrics[key], traces[key] = ([its[place] for place in places] for its in (of, traces[key]))
-    whole = "about" in record and len(rows) == len(record["methods"]) * len(record["protocols"])
+    apart = record.get("about", {}).get("left_out", [])
+    whole = "about" in record and len(rows) + len(apart) == len(record["methods"]) * len(record["protocols"])
     if not whole or tests is None or any(len(of) != len(traces[key]) for key, of in metrics.items()):
         raise RunError(f"{folder}: the run is not complete; its own command goes on with it")
     comparison = Comparison(
@@ -84,6 +85,7 @@ def _read(folder: Path) -> Results:
         curve=_rows(run, Summary, "curve.json") or [],
         tests=tests,
         caveats=record["about"].get("caveats", {}),
+        left_out=apart,
     )
     hparams = next(iter(record["methods"].values()))
     loading = {key: hparams.get(key, False) for key in ("device", "fp16", "model_parallel")}
@@ -131,6 +133,7 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
         joined.traces |= {(names[method], protocol): of for (method, protocol), of in run.traces.items()}
         joined.hparams |= {names[method]: of for method, of in run.hparams.items()}
         joined.comparison.caveats |= {names[method]: words for method, words in run.comparison.caveats.items()}
+        joined.comparison.left_out += run.comparison.left_out
         joined.easyedit += [row | {"method": names[row["method"]]} for row in run.easyedit]
     joined.comparison.tests = paired_tests({key: per_edit(metrics, "post") for key, metrics in joined.metrics.items()})
     return joined

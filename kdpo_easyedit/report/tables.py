@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bench.protocols import Comparison, Example
-from ..bench.schema import FOUR, MEASURES, SEQUENTIAL, SINGLE, PairedTest, Summary
+from ..bench.schema import FOUR, MEASURES, SEQUENTIAL, SINGLE, PairedTest, Summary, batch_size, is_order
 from .results import Results
 
 #: A Summary's measures as the field names them.
@@ -117,7 +117,9 @@ def protocol_title(protocol: str) -> str:
     """How the edits of a table were made, after their number."""
     if protocol == SINGLE:
         return "single edits, each from the original model"
-    number = protocol.removeprefix(f"{SEQUENTIAL}-") if protocol != SEQUENTIAL else ""
+    if (size := batch_size(protocol)) > 1:
+        return f"edits in batches of {size}, measured on the final model"
+    number = protocol.removeprefix(f"{SEQUENTIAL}-") if is_order(protocol) else ""
     return "sequential edits, measured on the final model" + (f", in order {number}" if number else "")
 
 
@@ -125,7 +127,7 @@ def over_orders(rows: Sequence[Summary]) -> list[str]:
     """In words, a method's means over the orders that its edits were made in, with the least and the most."""
     found = []
     for method in dict.fromkeys(row.method for row in rows):
-        orders = [row for row in rows if row.method == method and row.protocol != SINGLE]
+        orders = [row for row in rows if row.method == method and (row.protocol == SEQUENTIAL or is_order(row.protocol))]
         if len(orders) < 2:
             continue
         parts = []
@@ -181,6 +183,7 @@ def remarks(comparison: Comparison) -> list[str]:
         if row.failed
     ]
     found += [f"{method}: {words}." for method, words in comparison.caveats.items()]
+    found += [f"{words}." for words in comparison.left_out]
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
         words = flips([row for row in comparison.rows if row.protocol == protocol])
         found += [f"{protocol}: {sentence}" for sentence in words]

@@ -1,0 +1,87 @@
+"""Methods of main's whose own executors keep the first model that they see and what they learn of edits: run for any model,
+with what they learn where it can be saved, taken back and forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..method.preference import edit_tokens
+from ..method.weights import read
+from .host import HostError, submodule
+
+#: By method, the tensors that it has learnt of its edits. Replaced whole after an edit, and never changed in place.
+learnt: dict[str, dict[str, torch.Tensor]] = {}
+
+
+def apply_ultraedit_to_model(
+    model: Any, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: Any, **_: Any
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """UltraEdit (arXiv 2505.14679): one solve for each edited layer, on keys and gradients normalised over all edits so far.
+
+    The computation is EasyEdit's. Its executor is not used: that keeps the first model and lets a batch that is smaller than
+    ``batch_size`` be none, takes padding for a part of the answers, and tells of no changed weights.
+
+    Returns:
+        The model, and the weights that were changed, as they were.
+
+    Raises:
+        HostError: ``half`` is set.
+    """
+    if hparams.half:
+        raise HostError("half is true, which would make the model one of half precision for this method alone; allowed: false")
+    hparams = copy.copy(hparams)
+    hparams.inner_params = list(hparams.inner_params)
+    weights = [f"{module.removesuffix('.weight')}.weight" for module in hparams.inner_params]
+    with _flags_kept(model):
+        editor = submodule("models.ultraedit.ULTRAEDIT").ULTRAEDIT(model, hparams, None)
+        editor.shift = True  # a causal model's, whatever its name
+        for shape, normaliser in editor.lifelong_normalizer.items():
+            if "ULTRAEDIT" in learnt:
+                normaliser.load_state_dict({key: learnt["ULTRAEDIT"][f"{shape} {key}"] for key in normaliser.state_dict()})
+        with torch.enable_grad():
+            pairs = editor.cache(list(_batches(tok, requests, hparams.batch_size_once, model.device)))
+        shifts = editor.predict_param_shifts(pairs)
+    originals = {name: weight.detach().clone() for name, weight in read(model, weights).items()}
+    editor.edit_model(shifts, False)
+    learnt["ULTRAEDIT"] = {
+        f"{shape} {key}": value.detach().cpu().clone()
+        for shape, normaliser in editor.lifelong_normalizer.items()
+        for key, value in normaliser.state_dict().items()
+    }
+    return model, originals
+
+
+def _batches(
+    tok: Any, requests: Sequence[Mapping[str, Any]], size: int, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Prompts with their answers, padded on the right; labels are the answers' tokens, and -100 elsewhere."""
+    sequences = [edit_tokens(tok, request["prompt"], request["target_new"], device) for request in requests]
+    sequences.sort(key=lambda tokens: -tokens.input_ids.shape[1])
+    for start in range(0, len(sequences), size):
+        batch = sequences[start : start + size]
+        shape = len(batch), max(tokens.input_ids.shape[1] for tokens in batch)
+        ids = torch.full(shape, tok.pad_token_id, device=device)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, tokens in enumerate(batch):
+            length = tokens.input_ids.shape[1]
+            ids[row, :length], mask[row, :length] = tokens.input_ids[0], 1
+            labels[row, tokens.prompt_length : length] = tokens.targets
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@contextmanager
+def _flags_kept(model: Any) -> Iterator[None]:
+    """For a block: which parameters want gradients is put back, and the gradients are dropped."""
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag, gradient in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
