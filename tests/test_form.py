@@ -14,7 +14,9 @@ from kdpo_easyedit.easyedit.statistics import statistics_file
 from kdpo_easyedit.method import kdpo_c
 from kdpo_easyedit.method.contexts import contexts
 from kdpo_easyedit.method.preference import edit_tokens, runners_up, subject_span, tokens_of
+from kdpo_easyedit.method.replay import CannotReplay, Suffix
 from kdpo_easyedit.method.statistics import second_moment
+from kdpo_easyedit.method.weights import write
 
 W = "transformer.h.1.mlp.c_proj.weight"
 
@@ -165,3 +167,47 @@ def test_a_request_without_its_subject_is_told_before_the_model_is_touched(fresh
     with pytest.raises(ValueError, match="subject is None, and has to stand in its prompt"):
         apply_kdpo_to_model(model, tok, [requests[0], without], replace(aware, positions="subject_last"))
     assert same_state(before, state(model))
+
+
+@pytest.mark.parametrize("contexts_", [0, 1])
+def test_steps_that_leave_tokens_out_end_where_the_whole_model_says_so(fresh, requests, aware, contexts_, monkeypatch):
+    """Steps that think too well of themselves: what they say of the target is raised by three logits."""
+    model, tok = fresh
+    aware = replace(aware, positions="subject_last", margin=1, contexts=contexts_)
+    _, plain = execute_kdpo(model, tok, requests[0], aware)
+    step_logits, passes = Suffix.step_logits, []
+
+    def too_well(self, weights):
+        assert self.starts is not None
+        logits = step_logits(self, weights)
+        raised = torch.zeros_like(logits)
+        raised.scatter_(-1, targets.expand(logits.shape[:-1]).unsqueeze(-1), 3.0)
+        return logits + raised
+
+    target_logits = Suffix.target_logits
+    monkeypatch.setattr(Suffix, "target_logits", lambda self, w: passes.append(1) or target_logits(self, w))
+    targets = edit_tokens(tok, requests[0]["prompt"], requests[0]["target_new"]).targets
+    monkeypatch.setattr(Suffix, "step_logits", too_well)
+    weights, trace = execute_kdpo(model, tok, requests[0], aware)
+    assert trace.ended == plain.ended == "the target leads by the margin" and len(passes) > 1
+    write(model, weights)
+    for text in ["", *(f"{text}. " for text in contexts(model, tok, contexts_))]:
+        edit = edit_tokens(tok, text + requests[0]["prompt"], requests[0]["target_new"])
+        with torch.no_grad():
+            logits = model(edit.input_ids).logits[0, edit.prompt_length - 1 : -1]
+        assert runners_up(logits, edit.targets)[1].min() > 1 - 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_leaving_tokens_out_changes_little_of_an_edit(fresh, requests, aware, dtype, monkeypatch):
+    model, tok = fresh
+    model.to(dtype)
+    aware = replace(aware, positions="subject_last", margin=1, contexts=1)
+    part, trace = execute_kdpo(model, tok, requests[0], aware)
+    monkeypatch.setattr(Suffix, "_from", lambda self, starts: (_ for _ in ()).throw(CannotReplay("as a test has it")))
+    all_of_it, trace_of_all = execute_kdpo(model, tok, requests[0], aware)
+    assert trace.ended == trace_of_all.ended == "the target leads by the margin"
+    assert trace.losses[0][0] == pytest.approx(trace_of_all.losses[0][0], abs=1e-3)
+    before = model.get_parameter(W).float()
+    changes = [(weights[W].float() - before).flatten() for weights in (part, all_of_it)]
+    assert torch.nn.functional.cosine_similarity(*changes, dim=0) > 0.8

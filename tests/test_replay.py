@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -141,6 +142,129 @@ def test_sequences_of_different_lengths_are_as_each_by_itself(architecture, laye
     torch.testing.assert_close(margins, expected_margins, rtol=1e-4, atol=1e-4)
     for gradient, full in zip(gradients, torch.autograd.grad(expected_margins.sum(), list(weights.values()))):
         assert (gradient - full).norm() <= 1e-4 * full.norm()
+
+
+START = 4  # of what steps run, in the shorter sequence
+
+
+def from_start(model, names, weights, row, start):
+    """The target's logits of one sequence by a full forward in which the other weights take effect from ``start`` on."""
+    own = read(model, names)
+    with ExitStack() as stack:
+        for name in names:
+            module = model.get_submodule(name.removesuffix(".weight"))
+
+            def mixed(x, module=module, name=name):
+                both = [torch.func.functional_call(module, {"weight": w}, (x,)) for w in (own[name], weights[name])]
+                later = torch.arange(row.shape[1]) >= start
+                return torch.where(later.unsqueeze(-1), both[1], both[0])
+
+            stack.enter_context(forward_as(module, as_itself(module, mixed)))
+        return model(row, use_cache=False).logits
+
+
+def as_itself(module, forward):
+    """A stand-in that ``functional_call`` of the module does not run into itself."""
+    inside = []
+
+    def once(x):
+        if inside:
+            return type(module).forward(module, x)
+        inside.append(True)
+        try:
+            return forward(x)
+        finally:
+            inside.pop()
+
+    return once
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (3,), (1, 2)], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_steps_from_a_start_leave_out_what_comes_before_it(architecture, layers, ids):
+    """Of three sequences, so that the keys and values of two are padded."""
+    model, template, names = build(architecture, layers)
+    weights = moved(model, names)
+    rows = [torch.cat((torch.tensor([[7] * before], dtype=torch.int64), ids), dim=1) for before in (0, 4, 1)]
+    batch = torch.cat([F.pad(row, (0, 4 + P + T - row.shape[1])) for row in rows])
+    prompts, starts = [row.shape[1] - T for row in rows], [row.shape[1] - P - T + START for row in rows]
+    pairs = torch.stack((ids[:, P:].expand(3, T), torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])), dim=-1)
+    with frozen(model), Suffix(model, read(model, names), template, mlp(template), batch, prompts, starts) as suffix:
+        assert suffix.replays and suffix.starts == starts
+        logits = suffix.step_logits(weights)
+        margins = pair_margin(suffix.pair_logits(weights, pairs))
+        gradients = torch.autograd.grad(margins.sum(), list(weights.values()))
+        whole = suffix.target_logits(weights)
+        at = torch.tensor([row * (batch.shape[1] - 1) + start for row, start in enumerate(starts)])
+        assert suffix.in_steps(at).tolist() == [0, P + T - 1 - START, 2 * (P + T - 1 - START)]
+    with frozen(model):
+        expected = torch.cat(
+            [from_start(model, names, weights, row, s)[:, p - 1 : -1] for row, p, s in zip(rows, prompts, starts)]
+        )
+        full = [torch.func.functional_call(model, dict(weights), (row,), {"use_cache": False}).logits for row in rows]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
+    expected_margins = pair_margin(expected.gather(-1, pairs))
+    torch.testing.assert_close(margins, expected_margins, rtol=1e-4, atol=1e-4)
+    for gradient, its in zip(gradients, torch.autograd.grad(expected_margins.sum(), list(weights.values()))):
+        assert its.norm() > 0 and (gradient - its).norm() <= 1e-4 * its.norm()
+    full = torch.cat([logits[:, p - 1 : -1] for logits, p in zip(full, prompts)])
+    torch.testing.assert_close(whole, full, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_steps_from_a_start_run_in_half_precision(architecture, dtype, ids):
+    model, template, names = build(architecture)
+    model.to(dtype)
+    both = torch.cat((F.pad(ids, (0, 2)), torch.cat((torch.tensor([[7, 7]]), ids), dim=1)))
+    with (
+        frozen(model),
+        Suffix(model, read(model, names), template, mlp(template), both, [P, P + 2], [START, START + 2]) as suffix,
+    ):
+        assert suffix.starts  # their logits are the model's own
+        moved_logits = suffix.step_logits(moved(model, names))
+    assert moved_logits.dtype == dtype and torch.isfinite(moved_logits).all()
+
+
+def test_a_step_from_a_start_runs_those_tokens_alone(ids):
+    model, template, names = build("llama", (1,))
+    rows: dict[str, int] = {}
+    with frozen(model), Suffix(model, read(model, names), template, mlp(template), ids, P, [START]) as suffix:
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda _m, args, name=name: args and rows.update({name: args[0].shape[1]}))
+        suffix.pair_logits(moved(model, names), torch.tensor([[1, 2]] * T))
+        assert rows["model.layers.2.mlp.down_proj"] == P + T - 1 - START and rows["model.layers.3.mlp.down_proj"] == T
+        assert not any(name.startswith("model.layers.0.") for name in rows)
+        suffix.target_logits(moved(model, names))
+    assert rows["model.layers.2.mlp.down_proj"] == rows["model.layers.0.mlp.down_proj"] == P + T - 1
+
+
+@pytest.mark.parametrize("how", ["takes none", "keeps none", "has it otherwise"])
+def test_without_a_cache_steps_run_all_tokens_and_say_why(how, ids, caplog):
+    model, template, names = build("llama")
+    own = type(model).forward
+
+    def takes_none(input_ids, attention_mask=None, use_cache=False):
+        return own(model, input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    def keeps_none(input_ids, past_key_values=None, use_cache=None, **others):
+        return own(model, input_ids, use_cache=False, **others)
+
+    def otherwise(input_ids, past_key_values=None, **others):
+        if past_key_values is not None and past_key_values.get_seq_length():
+            others["position_ids"] = others["position_ids"] + 5
+        return own(model, input_ids, past_key_values=past_key_values, **others)
+
+    stand_in = {"takes none": takes_none, "keeps none": keeps_none, "has it otherwise": otherwise}[how]
+    weights = moved(model, names)
+    with forward_as(model, stand_in), frozen(model), caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with Suffix(model, read(model, names), template, mlp(template), ids, P, [START]) as suffix:
+                assert suffix.replays and suffix.starts is None
+                torch.testing.assert_close(suffix.step_logits(weights), suffix.target_logits(weights))
+                expected = by_full_forward(model, names, weights, ids)
+                torch.testing.assert_close(suffix.step_logits(weights), expected, rtol=1e-5, atol=2e-5)
+    assert [record.getMessage()[:27] for record in caplog.records] == ["every step runs all tokens,"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])

@@ -205,19 +205,18 @@ def _edited(
     usages: dict[str, Usage],
     trace: EditTrace,
 ) -> tuple[Weights, dict[str, Usage]]:
-    edits, at = _sequences(model, tok, request, hparams)
-
-    # θ: W alone. Everything else is frozen. The loss is scaled for float16's narrow range.
-    scale = 4096 if any(original.dtype == torch.float16 for original in originals.values()) else 1
-    update: _Update
-    if hparams.mom2_adjustment:
-        update = SteepestDescent(model, originals, usages, hparams, scale, at)
-    else:
-        update = _Adam(model, originals, hparams, scale)
+    edits, places = _sequences(model, tok, request, hparams)
 
     make: type[_TeacherForced | _Autoregressive] = _TeacherForced if hparams.negatives == "teacher_forced" else _Autoregressive
-    entered: _Preference = make(model, edits, originals, hparams)
+    entered: _Preference = make(model, edits, places, originals, hparams)
     with torch.enable_grad(), frozen(model), entered as preference:
+        # θ: W alone. Everything else is frozen. The loss is scaled for float16's narrow range.
+        scale = 4096 if any(original.dtype == torch.float16 for original in originals.values()) else 1
+        update: _Update
+        if hparams.mom2_adjustment:
+            update = SteepestDescent(model, originals, usages, hparams, scale, *preference.keys())
+        else:
+            update = _Adam(model, originals, hparams, scale)
         for _ in range(hparams.cycles):
             negatives, now = preference.renew(update.weights)
             trace.negatives.append(negatives.tolist())
@@ -238,9 +237,10 @@ def _edited(
                 if preference.led if hparams.margin else loss.item() < hparams.stop_crit:
                     break
                 update.step(losses)
+                preference.stepped()
                 trace.steps += 1
         else:
-            _, now = preference.renew(update.weights)
+            now = preference.now(update.weights)
         trace.final_token_accuracy, trace.lead = now.accuracy, now.lead
 
     weights = update.result()
@@ -262,12 +262,12 @@ def _complete(request: Mapping[str, Any], hparams: KDPOHyperParams) -> dict[str,
 
 def _sequences(
     model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams
-) -> tuple[list[EditTokens], Tensor | None]:
+) -> tuple[list[EditTokens], list[list[int]] | None]:
     """What an edit is made on: the prompt, and the same after each text of ``contexts`` where the model has room for it.
 
     Returns:
-        Prompt and target as tokens, the plain prompt first, all with the same target; and where KDPO+C's change is built from:
-        in the batch of all but the last of every sequence's tokens, flattened, int64 ``[n]``. None: all of it.
+        Prompt and target as tokens, the plain prompt first, all with the same target; and the positions of each that KDPO+C's
+        change is built from. None: all but the last.
     """
     prompt, target = request["prompt"], request["target_new"]
     device = runs_on(model.get_input_embeddings())
@@ -285,13 +285,13 @@ def _sequences(
     if len(edits) == 1 and hparams.positions == "all":
         return [plain], None
 
-    width, at = max(edit.input_ids.shape[1] for edit in edits.values()) - 1, []
-    for row, (before, edit) in enumerate(edits.items()):
+    places = []
+    for before, edit in edits.items():
         start, end = (0, len(joined(prompt, target))) if hparams.positions == "all" else subject_span(request)
         found = tokens_of(tok, joined(before + prompt, target), len(before) + start, len(before) + end)
         found = [place for place in found if place < edit.input_ids.shape[1] - 1]
-        at += [row * width + place for place in (found[-1:] if hparams.positions == "subject_last" else found)]
-    return list(edits.values()), torch.tensor(at)
+        places.append(found[-1:] if hparams.positions == "subject_last" else found)
+    return list(edits.values()), places
 
 
 class _Update(Protocol):
@@ -329,14 +329,23 @@ class _Preference(Protocol):
 
     def __exit__(self, *_: object) -> None: ...
 
+    def keys(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What KDPO+C's change of each weight is built from, float32 ``[n, in]``, and where that is in a step's rows."""
+
     def renew(self, weights: EditedWeights) -> tuple[Tensor, _State]:
         """The cycle's negatives, int64 ``[T]``, and how far the edit has come."""
+
+    def now(self, weights: EditedWeights) -> _State:
+        """How far the edit has come."""
 
     def reference_margin(self) -> Tensor:
         """The margins of the model as it stood when the edit began, ``[B]``."""
 
     def margin(self, weights: EditedWeights) -> Tensor:
         """The margins now, ``[B]``."""
+
+    def stepped(self) -> None:
+        """The weights are others now."""
 
 
 class _Adam:
@@ -401,7 +410,12 @@ class _TeacherForced:
     """
 
     def __init__(
-        self, model: PreTrainedModel, edits: Sequence[EditTokens], originals: Weights, hparams: KDPOHyperParams
+        self,
+        model: PreTrainedModel,
+        edits: Sequence[EditTokens],
+        places: Sequence[Sequence[int]] | None,
+        originals: Weights,
+        hparams: KDPOHyperParams,
     ) -> None:
         lengths = [edit.prompt_length for edit in edits]
         self.suffix = Suffix(
@@ -411,7 +425,9 @@ class _TeacherForced:
             hparams.mlp_module_tmp,
             in_one_batch(edits),
             lengths if len(edits) > 1 else lengths[0],
+            None if hparams.positions == "all" or places is None else [found[0] for found in places],
         )
+        self.places = places
         self.targets = edits[0].targets
         self.lead, self.led = hparams.margin, False
         self.online = hparams.online
@@ -419,6 +435,9 @@ class _TeacherForced:
         self.negatives: Tensor
         self.pairs: Tensor
         self.first = True
+        # Steps that leave tokens out see the lead too large by so much, as a pass over the whole has told: ``[B, T]``.
+        self.short: Tensor | float = 0.0
+        self.logits: Tensor | None = None
 
     def __enter__(self) -> _TeacherForced:
         self.suffix.__enter__()
@@ -430,34 +449,76 @@ class _TeacherForced:
     def __exit__(self, *_: object) -> None:
         self.suffix.__exit__()
 
+    def keys(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        rows = {name: keys.flatten(0, -2).float() for name, keys in self.suffix.inputs.items()}
+        if self.places is None:
+            return rows, None
+        width = self.suffix.own_inputs
+        at = torch.tensor([row * width + place for row, places in enumerate(self.places) for place in places])
+        return {name: keys[at.to(keys.device)] for name, keys in rows.items()}, self.suffix.in_steps(at)
+
     def renew(self, weights: EditedWeights) -> tuple[Tensor, _State]:
-        """The cycle's negatives, int64 ``[T]``, those of the first sequence, and how far the edit has come."""
+        """The cycle's negatives, int64 ``[T]``, those of the first sequence, and how far the edit has come.
+
+        Where steps leave tokens out they tell, until by them the edit is done. Then a pass over the whole does.
+        """
         if self.first:  # the weights are still the model's own
-            logits = self.suffix.own_logits
+            negatives, state = self._state(self.suffix.own_logits)
+        elif self.suffix.starts is None:
+            negatives, state = self._whole(weights)
         else:
-            with torch.no_grad():
-                logits = self.suffix.target_logits(weights)
-        negatives, accuracy = _said(logits, self.targets)
-        targets, lead = self.targets.to(negatives.device).expand_as(negatives), None
-        if self.lead:
-            others, leads = runners_up(logits, self.targets)
-            negatives, lead = torch.where(leads >= self.lead, targets, others), leads.min().item()
+            negatives, state = self._state(self._in_step(weights).detach(), self.short)
+            if state.holds(self.lead):
+                negatives, state = self._whole(weights)
         if self.first or self.online:
+            targets = self.targets.to(negatives.device).expand_as(negatives)
             self.negatives, self.pairs = negatives, torch.stack((targets, negatives), dim=-1)
             self.asked = negatives != targets
         self.first = False
-        return self.negatives[0], _State(accuracy, lead)
+        return self.negatives[0], state
+
+    def now(self, weights: EditedWeights) -> _State:
+        return self._whole(weights)[1]
+
+    def _whole(self, weights: EditedWeights) -> tuple[Tensor, _State]:
+        with torch.no_grad():
+            logits = self.suffix.target_logits(weights)
+        if self.lead and self.logits is not None:
+            self.short = runners_up(self.logits.detach(), self.targets)[1] - runners_up(logits, self.targets)[1]
+        return self._state(logits)
+
+    def _state(self, logits: Tensor, short: Tensor | float = 0.0) -> tuple[Tensor, _State]:
+        """By logits that have the lead too large: what to avoid, int64 ``[B, T]``, and how far the edit has come."""
+        negatives, accuracy = _said(logits, self.targets)
+        if not self.lead:
+            return negatives, _State(accuracy)
+        others, leads = runners_up(logits, self.targets)
+        leads = leads - short
+        negatives = torch.where(leads >= self.lead, self.targets.to(negatives.device), others)
+        return negatives, _State(accuracy, leads.min().item())
 
     def reference_margin(self) -> Tensor:
         """Of every sequence that has a negative."""
         return pair_margin(self.suffix.own_logits.gather(-1, self.pairs))[self.asked.any(-1)]
 
     def margin(self, weights: EditedWeights) -> Tensor:
-        logits = self.suffix.pair_logits(weights, self.pairs)
+        if self.suffix.starts is None:
+            logits = self.suffix.pair_logits(weights, self.pairs)
+        else:
+            logits = self._in_step(weights).gather(-1, self.pairs).float()
         if self.lead:
-            chosen, rejected = logits.detach()[self.asked].unbind(-1)
-            self.led = bool((chosen - rejected >= self.lead).all())
+            chosen, rejected = logits.detach().unbind(-1)
+            self.led = bool((chosen - rejected >= self.lead + self.short)[self.asked].all())
         return pair_margin(logits)[self.asked.any(-1)]
+
+    def stepped(self) -> None:
+        self.logits = None
+
+    def _in_step(self, weights: EditedWeights) -> Tensor:
+        """The logits of all tokens, ``[B, T, V]``, from one pass for all that is asked about the same weights."""
+        if self.logits is None:
+            self.logits = self.suffix.step_logits(weights)
+        return self.logits
 
 
 class _Autoregressive:
@@ -469,7 +530,12 @@ class _Autoregressive:
     led = False
 
     def __init__(
-        self, model: PreTrainedModel, edits: Sequence[EditTokens], originals: Weights, hparams: KDPOHyperParams
+        self,
+        model: PreTrainedModel,
+        edits: Sequence[EditTokens],
+        places: Sequence[Sequence[int]] | None,
+        originals: Weights,
+        hparams: KDPOHyperParams,
     ) -> None:
         self.model, (self.edit,), self.originals, self.hparams = model, edits, originals, hparams
         self.projections = {name: users(model, name) for name in originals}
@@ -489,6 +555,15 @@ class _Autoregressive:
             self.negative = self._answer(weights)
         self.logits = self.suffix.target_logits(weights)
         return self.negative, _State(_said(self.logits[0], self.edit.targets)[1])
+
+    def keys(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        raise NotImplementedError("of teacher-forced negatives only, as KDPOHyperParams sees to")
+
+    def now(self, weights: EditedWeights) -> _State:
+        return self.renew(weights)[1]
+
+    def stepped(self) -> None:
+        """Nothing is kept of the weights before."""
 
     def _answer(self, weights: EditedWeights) -> Tensor:
         """A new greedy answer, int64 ``[T]``, with what a step replays for it and the target."""

@@ -83,39 +83,34 @@ class Change:
 
     Args:
         usage: what the projection is used for.
-        at: the rows of its input, int64 ``[n]``, that Δ is built from; None: all of them. Δ is added everywhere.
+        keys: K, what the projection is given where Δ is built from, at the edit's start; float32, ``[n, in]``.
+        at: where that is among the rows that the projection is given in a step, int64 ``[n]``; None: those are K. Δ is added
+            to all of them.
+        width: of the projection's output.
 
     Attributes:
-        keys: K, what the projection is given there at the edit's start; float32, ``[n, in]``. None before the first run.
         basis: K S; float32, ``[n, in]``.
         coefficients: A; float32, ``[n, out]``.
         nudge: zeros, ``[n, out]``, whose gradient is the loss's at the projection's output.
     """
 
-    basis: Tensor
-    coefficients: Tensor
-    nudge: Tensor
-
-    def __init__(self, usage: Usage, at: Tensor | None = None) -> None:
-        self.usage, self.at = usage, at
-        self.keys: Tensor | None = None
+    def __init__(self, usage: Usage, keys: Tensor, at: Tensor | None, width: int) -> None:
+        self.usage, self.keys = usage, keys
+        self.at = None if at is None else at.to(keys.device)
+        self.basis = usage.times(keys.cpu()).to(keys.device)
+        self.coefficients = keys.new_zeros(len(keys), width)
+        self.nudge = torch.zeros_like(self.coefficients, requires_grad=True)
 
     def added_to(self, output: Tensor, keys: Tensor) -> Tensor:
         """The changed projection's output, from its own and its input: ``[B, L, out]`` and ``[B, L, in]``."""
         now = keys.to(output.device).flatten(0, -2).float()
-        if self.keys is None:  # nothing is changed yet
-            self.at = None if self.at is None else self.at.to(now.device)
-            self.keys = now.detach() if self.at is None else now.detach()[self.at]
-            self.basis = self.usage.times(self.keys.cpu()).to(now.device)
-            self.coefficients = now.new_zeros(len(self.keys), output.shape[-1])
-            self.nudge = torch.zeros_like(self.coefficients, requires_grad=True)
         change = now @ self.basis.T @ self.coefficients
-        change = change + self.nudge if self.at is None else change.index_add(0, self.at, self.nudge)
+        if torch.is_grad_enabled():  # in a step
+            change = change + self.nudge if self.at is None else change.index_add(0, self.at, self.nudge)
         return output + change.to(output.dtype).view_as(output)
 
     def metric(self, gradient: Tensor) -> float:
         """tr(G S Gᵀ), from the gradient at the output, ``[n, out]``."""
-        assert self.keys is not None
         return (gradient * (self.keys @ self.basis.T @ gradient)).sum().item()
 
     def dense(self) -> Tensor:
@@ -141,18 +136,21 @@ class SteepestDescent:
         usages: Mapping[str, Usage],
         hparams: KDPOHyperParams,
         scale: float,
-        at: Tensor | None = None,
+        keys: Mapping[str, Tensor],
+        at: Tensor | None,
     ) -> None:
         self.model, self.originals, self.hparams = model, originals, hparams
-        self.weights = {name: Change(usage, at) for name, usage in usages.items()}
+        self.weights = {name: Change(usage, keys[name], at, _outputs(model, name)) for name, usage in usages.items()}
         self.scale = scale
         self.rate: float | None = None
+        self.stepped = False
 
     def begin_cycle(self) -> None:
         self.rate = None
 
     def step(self, losses: Tensor) -> None:
         """A step down the mean of the losses, ``[B]``."""
+        self.stepped = True
         changes = list(self.weights.values())
         gradients = [g / self.scale for g in torch.autograd.grad(self.scale * losses.mean(), [c.nudge for c in changes])]
         if self.rate is None or self.hparams.margin:
@@ -173,18 +171,26 @@ class SteepestDescent:
         """The new weights, float32, as the model stores them."""
         found = {name: original.to(torch.float32, copy=True) for name, original in self.originals.items()}
         for name, change in self.weights.items():
-            if change.keys is not None:
+            if self.stepped:
                 delta = change.dense()
-                transposed = isinstance(self.model.get_submodule(name.removesuffix(".weight")), Conv1D)
-                found[name] = found[name].to(delta.device) + (delta.T if transposed else delta)
+                found[name] = found[name].to(delta.device) + (delta.T if _transposed(self.model, name) else delta)
         return found
 
     def usages(self) -> dict[str, Usage]:
         """What the projections are used for once this edit is one of those made."""
         return {
-            name: change.usage if change.keys is None else change.usage.protecting(change.keys.cpu())
+            name: change.usage.protecting(change.keys.cpu()) if self.stepped else change.usage
             for name, change in self.weights.items()
         }
+
+
+def _transposed(model: nn.Module, name: str) -> bool:
+    """Whether a weight is stored ``[in, out]``."""
+    return isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
+
+
+def _outputs(model: nn.Module, name: str) -> int:
+    return model.get_parameter(name).shape[1 if _transposed(model, name) else 0]
 
 
 # --------------------------------------------------------------------------------------------------------------------

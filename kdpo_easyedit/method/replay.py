@@ -1,10 +1,13 @@
-"""Run only W and the layers above it.
+"""Run only W and the layers above it, and of the tokens only those that a step is about.
 
 During an edit only W changes, so whatever the model computes without W stays as it is: every layer below W's, and
 inside W's own layer the attention and the projections that feed it. One recording pass keeps those outputs. A step is
 then the model's own forward in which every such module returns what it returned before, and the last layer's MLP and the
 output layer, which work on each position by itself, see the target's positions only. Because the model's own code runs,
 masks, rotary tables, norms, soft-capping and logit scaling need no description here.
+
+A change that is made for some tokens, such as a subject's last, does little to those before them. Steps that leave that little
+out run the tokens from there on alone: what stands before is kept as keys and values, which the model is given as its cache.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from .config import HParamsError
@@ -85,10 +91,29 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@dataclass
+class _Pass:
+    """A way to run the model.
+
+    Attributes:
+        input_ids: int64, ``[B, L]``.
+        at: where the target is predicted from: an index that leads from ``[B, L, …]`` to ``[B, T, …]``.
+        others: the model's other arguments.
+        lowest_input: the input of the lowest W, where it is known already.
+        stand_ins: what modules are to do in this pass.
+    """
+
+    input_ids: Tensor
+    at: tuple[Any, Any]
+    others: dict[str, Any]
+    lowest_input: Tensor | None = None
+    stand_ins: dict[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+
+
 class Suffix:
     """A causal language model on one batch of sequences, as a function of the edited weights alone.
 
-    Use it as a context manager, inside :func:`frozen`: within the block the model's modules are made to replay, and
+    Use it as a context manager, inside :func:`frozen`: within the block the model's linear layers are oneDNN's, and
     afterwards they are as they were. The model's weights are never touched.
 
     Args:
@@ -98,21 +123,27 @@ class Suffix:
         mlp_template: that of its MLP.
         input_ids: int64, ``[B, L]``. A shorter sequence is padded on its right, where nothing before the padding sees it.
         prompt_length: P, of every sequence or of each; positions P−1 … P+T−2 predict the T target tokens, the longest's last.
+        starts: of each sequence the position, below P, from which on steps run it; left out, they run all of it.
 
     Attributes:
         own_logits: what the model as it stands gives at the target's positions, ``[B, T, V]``: the reference.
+        inputs: what each edited weight is given then, ``[B, L − 1, in]``, or that flattened.
         uses: how often a forward pass runs each edited weight.
+        replays: whether steps run W and the layers above it only.
+        starts: None where steps run all positions.
 
     On entering, the replay is checked: with the weights as they stand it must give the model's own logits. Where it does
     not, or where the model cannot be replayed, every call is a plain full forward with the same results, and the log says
-    why, once a model. What that stands on is checked as well: W's module must compute x Wᵀ + b, and a full forward in which
-    it is made to must give the model's own logits.
+    why, once a model. With ``starts`` that would not, the next best is steps that run all positions. What all this stands on is
+    checked as well: W's module must compute x Wᵀ + b, and a full forward in which it is made to must give the model's own
+    logits.
 
     Raises:
         HParamsError: on entering, where that is not so. No edit of such a model could be trusted.
     """
 
     own_logits: Tensor
+    inputs: dict[str, Tensor]
     uses: dict[str, int]
 
     def __init__(
@@ -123,17 +154,23 @@ class Suffix:
         mlp_template: str,
         input_ids: Tensor,
         prompt_length: int | Sequence[int],
+        starts: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.weights = weights
         self.projections: Projections = {name: users(model, name) for name in weights}
         self.layer_template = layer_template
         self.mlp_template = mlp_template
-        self.input_ids = input_ids[:, :-1]  # nothing is predicted from the last token
-        self.at: tuple[Any, Any] = _predicting(prompt_length, self.input_ids.shape[1])
+        self.prompt_length = prompt_length
+        self.starts = starts if starts and any(starts) else None
+        ids = input_ids[:, :-1]  # nothing is predicted from the last token
+        others = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        # The model with all that it does. What runs the whole, and what steps run, is the same at best, and never more.
+        self._plain = _Pass(ids, _predicting(prompt_length, ids.shape[1]), others)
+        self._whole = self._steps = self._plain
         self.replays = False
-        self._lowest_input: Tensor | None = None
         self._last_mlp: nn.Module | None = None
+        self._cache: DynamicCache | None = None
         self._restore = ExitStack()
 
     def __enter__(self) -> Suffix:
@@ -142,10 +179,10 @@ class Suffix:
                 self._restore.enter_context(linear_by_onednn(self.model))
                 self._record()
                 self._replay()
-                self._check()
             except CannotReplay as reason:
                 self._restore.close()
-                self.replays, self._lowest_input = False, None
+                self.replays, self.starts = False, None
+                self._whole = self._steps = self._plain
                 self._run_whole(reason)
             except BaseException:
                 self._restore.close()
@@ -156,12 +193,15 @@ class Suffix:
         self._restore.close()
 
     def target_logits(self, weights: EditedWeights) -> Tensor:
-        """The logits that predict the target's tokens, by the full output layer: ``[B, T, V]``."""
-        with projecting_with(self.projections, weights, self._lowest_input):
-            return self._forward(self._output_forward) if self.replays else self._forward()[self.at]
+        """The logits that predict the target's tokens, by the full output layer, from a pass over the whole: ``[B, T, V]``."""
+        return self._logits(self._whole, weights)
+
+    def step_logits(self, weights: EditedWeights) -> Tensor:
+        """The same from the positions that steps run; it has a gradient to the weights."""
+        return self._logits(self._steps, weights)
 
     def pair_logits(self, weights: EditedWeights, pairs: Tensor) -> Tensor:
-        """The logits of two tokens a position, from two rows of the output layer.
+        """The logits of two tokens a position, from two rows of the output layer and the positions that steps run.
 
         Args:
             weights: W, as float32 leaves, or changes of it; the result has a gradient to them.
@@ -173,24 +213,38 @@ class Suffix:
         of_batch = pairs if pairs.dim() == 3 else pairs.unsqueeze(0)
         if not self.replays:
             return self.target_logits(weights).gather(-1, of_batch).float().view_as(pairs)
-        with projecting_with(self.projections, weights, self._lowest_input):
-            return self._forward(lambda hidden: self._rows(hidden, of_batch)).view_as(pairs)
+        return self._forward(self._steps, weights, lambda hidden: self._rows(hidden, of_batch)).view_as(pairs)
+
+    @property
+    def own_inputs(self) -> int:
+        """L − 1."""
+        return self._plain.input_ids.shape[1]
+
+    def in_steps(self, at: Tensor) -> Tensor:
+        """Where positions of the whole, in ``[B, L − 1]`` flattened, are among those that steps run, flattened as well."""
+        if self.starts is None:
+            return at
+        length = self.own_inputs
+        starts = torch.tensor(self.starts, device=at.device)
+        return at // length * self._steps.input_ids.shape[1] + at % length - starts[at // length]
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _forward(self, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def _logits(self, how: _Pass, weights: EditedWeights) -> Tensor:
+        return self._forward(how, weights, self._output_forward) if self.replays else self._forward(how, weights)[how.at]
+
+    def _forward(
+        self, how: _Pass, weights: EditedWeights | None = None, head: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """The model's logits; with a ``head``, what it makes of the hidden states that predict the target."""
         with ExitStack() as stack:
+            for module, forward in how.stand_ins.items():
+                stack.enter_context(forward_as(module, forward))
+            if weights is not None:
+                stack.enter_context(projecting_with(self.projections, weights, how.lowest_input))
             if head is not None:
-                stack.enter_context(forward_as(self._output_layer, lambda hidden: head(self._at_target(hidden))))
-            mask = torch.ones_like(self.input_ids)
-            return self.model(input_ids=self.input_ids, attention_mask=mask, use_cache=False).logits
-
-    def _at_target(self, hidden: Tensor) -> Tensor:
-        if hidden.dim() != 3 or hidden.shape[1] != self.input_ids.shape[1]:
-            raise CannotReplay("its output layer is not given the hidden states of all positions")
-        # With a slice's strides, torch would multiply batch by batch, and copy the output layer for it.
-        return hidden[self.at].clone(memory_format=torch.contiguous_format)
+                stack.enter_context(forward_as(self._output_layer, lambda hidden: head(_at_target(how, hidden))))
+            return self.model(input_ids=how.input_ids, **how.others).logits
 
     def _rows(self, hidden: Tensor, pairs: Tensor) -> Tensor:
         """Two rows of the output layer a position, in float32: ``[B, T, d]`` → ``[B, T, 2]``."""
@@ -210,6 +264,7 @@ class Suffix:
         if output_layer is None:
             raise CannotReplay("it names no output layer")
         self._output_layer: Any = output_layer
+        self._output_forward = output_layer.forward
         lowest_name = next(iter(self.weights)).removesuffix(".weight")
         lowest = self.model.get_submodule(lowest_name)
         layers = self._layers()
@@ -243,7 +298,21 @@ class Suffix:
                 hooks.callback(
                     last_mlp.register_forward_hook(lambda _m, args, output: last_mlp_shapes.extend((*args, output))).remove
                 )
-            self.own_logits = self._own(self._output_layer.forward)
+            how, failed = self._plain, None
+            if self.starts is not None:
+                self._cache = DynamicCache()
+                how = replace(how, others={**how.others, "past_key_values": self._cache, "use_cache": True})
+            try:
+                self.own_logits = self._own(how, self._output_forward)
+            except (HParamsError, CannotReplay):
+                raise
+            except Exception as error:  # whatever a model's code does not like of the cache
+                if self.starts is None:
+                    raise
+                failed = CannotReplay("it does not take a cache:", f"{type(error).__name__}: {error}")
+        if failed is not None:
+            self._run_all_tokens(failed)
+            return self._record()
 
         if any(times != 1 for times in self.uses.values()):
             raise CannotReplay("an edited projection runs more than once in a forward pass")
@@ -262,23 +331,89 @@ class Suffix:
         return {name: modules[name] for name in itertools.takewhile(modules.__contains__, names)}
 
     def _replay(self) -> None:
-        for module, output in self._constant_outputs.items():
-            self._restore.enter_context(forward_as(module, _returning(output)))
-        if self._last_mlp is not None:
-            self._restore.enter_context(forward_as(self._last_mlp, self._narrowed(self._last_mlp.forward)))
-        self._output_forward = self._output_layer.forward
+        """Let steps run as little as gives the model's own logits."""
         self.replays = True
+        if self.starts is not None:
+            try:
+                self._steps = self._narrowing(self._from(self.starts))
+                self._check()
+            except CannotReplay as reason:
+                self._run_all_tokens(reason)
+            else:
+                # Of the whole all is run: whether what is kept would do there, too, would take as long to check.
+                self._whole = self._narrowing(self._plain)
+                return
+        self._whole = self._steps = self._narrowing(self._keeping(self._plain, self._lowest_input, self._constant_outputs))
+        self._check()
 
-    def _narrowed(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """A module that works on each position by itself, run on the target's positions; the others' outputs are 0."""
+    def _run_all_tokens(self, reason: CannotReplay) -> None:
+        self.starts = self._cache = None
+        self._tell("every step runs all tokens", reason)
+
+    def _keeping(self, how: _Pass, lowest_input: Tensor, outputs: dict[nn.Module, Any]) -> _Pass:
+        """A pass in which what W cannot change is not run again."""
+        self._kept = [lowest_input, *outputs.values()]
+        return replace(how, lowest_input=lowest_input, stand_ins={m: _returning(output) for m, output in outputs.items()})
+
+    def _narrowing(self, how: _Pass) -> _Pass:
+        """A pass in which the last layer's MLP, which works on each position by itself, is run on the target's only."""
+        if self._last_mlp is None:
+            return how
+        forward = self._last_mlp.forward
 
         def narrowed(hidden: Tensor) -> Tensor:
-            at_target = forward(self._at_target(hidden))
+            at_target = forward(_at_target(how, hidden))
             output = torch.zeros_like(hidden, device=at_target.device)
-            output[self.at] = at_target
+            output[how.at] = at_target
             return output
 
-        return narrowed
+        return replace(how, stand_ins={**how.stand_ins, self._last_mlp: narrowed})
+
+    def _from(self, starts: Sequence[int]) -> _Pass:
+        """A pass over the tokens from ``starts`` on, aligned there: the tokens before them are in the model's cache."""
+        ids = self._plain.input_ids
+        rows, length = ids.shape
+        targets = self.own_logits.shape[1]
+        prompts = [self.prompt_length] * rows if isinstance(self.prompt_length, int) else self.prompt_length
+        first, end = torch.tensor(starts).unsqueeze(-1), torch.tensor(prompts).unsqueeze(-1) + targets - 1
+        # Beyond a sequence's end its last token is repeated, where nothing sees it.
+        places = (first + torch.arange((end - first).max().item())).minimum(end - 1)
+        before = torch.arange(first.max().item()) - (first.max() - first)  # below 0 where a shorter one is padded, on its left
+        row = torch.arange(rows).unsqueeze(-1)
+
+        def cut(kept: Any) -> Any:
+            if isinstance(kept, (tuple, list)):
+                return tuple(map(cut, kept))
+            if isinstance(kept, Tensor) and kept.shape[:2] == (rows, length):
+                return kept[row.to(kept.device), places.to(kept.device)]
+            if isinstance(kept, Tensor) and kept.shape[:1] == (rows * length,):
+                return cut(kept.unflatten(0, (rows, length))).flatten(0, 1)
+            return kept
+
+        def earlier(kept: Tensor | None) -> Tensor:
+            if kept is None or kept.dim() != 4 or (kept.shape[0], kept.shape[2]) != (rows, length):
+                raise CannotReplay("its cache has no keys and values of the usual shape")
+            return kept.transpose(1, 2)[row.to(kept.device), before.clamp_min(0).to(kept.device)].transpose(1, 2).contiguous()
+
+        names = list(self._layers())
+        own = next(n for n, name in enumerate(names) if next(iter(self.weights)).startswith(name + "."))
+        cached: list[Any] = self._cache.layers if self._cache is not None else []
+        self._cache = None
+        if len(cached) != len(names):
+            raise CannotReplay("it does not keep keys and values of every layer")
+        above = [(earlier(layer.keys), earlier(layer.values)) for layer in cached[own + 1 :] or cached[own:]]
+        below = [above[0]] * (len(names) - len(above))  # which nothing reads but for their length
+        others = {
+            "attention_mask": torch.cat((before >= 0, torch.ones_like(places, dtype=torch.bool)), dim=1).to(ids),
+            "past_key_values": Cache(layers=[_Before(*pair) for pair in below + above]),
+            "use_cache": True,
+        }
+        if "position_ids" in signature(self.model.forward).parameters:
+            others["position_ids"] = places.to(ids.device)
+        relative = [prompt - start for prompt, start in zip(prompts, starts)]
+        at = _predicting(relative if len(set(relative)) > 1 else relative[0], places.shape[1])
+        outputs = {module: cut(output) for module, output in self._constant_outputs.items()}
+        return self._keeping(_Pass(cut(ids), at, others), cut(self._lowest_input), outputs)
 
     def _check(self) -> None:
         versions = [tensor._version for tensor in self._kept_tensors()]
@@ -305,17 +440,14 @@ class Suffix:
 
     def _run_whole(self, reason: CannotReplay) -> None:
         """Let every call be a full forward, if W can be given to the model at all."""
-        told = _TOLD.setdefault(self.model, set())
-        if reason.args[0] not in told:
-            told.add(reason.args[0])
-            LOG.warning("every step runs the whole model, here and in later edits of it: %s", reason)
-        logits = self._own()
-        if logits.dim() != 3 or logits.shape[1] != self.input_ids.shape[1]:
+        self._tell("every step runs the whole model", reason)
+        logits, length = self._own(self._plain), self._plain.input_ids.shape[1]
+        if logits.dim() != 3 or logits.shape[1] != length:
             raise HParamsError(
-                f"{type(self.model).__name__} gives logits of shape {list(logits.shape)} for {self.input_ids.shape[1]} tokens; "
+                f"{type(self.model).__name__} gives logits of shape {list(logits.shape)} for {length} tokens; "
                 "an edit needs those of every position"
             )
-        self.own_logits = logits[self.at]
+        self.own_logits = logits[self._plain.at]
         differing = self._differing(self.own_logits.float(), self.target_logits(self.weights).float())
         if differing:
             kinds = ", ".join(sorted({type(m).__name__ for modules in self.projections.values() for m in modules}))
@@ -324,18 +456,24 @@ class Suffix:
                 f"{kinds}: they are not a function of that weight alone, or not the same from run to run"
             )
 
-    def _own(self, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def _tell(self, what: str, reason: CannotReplay) -> None:
+        told = _TOLD.setdefault(self.model, set())
+        if reason.args[0] not in told:
+            told.add(reason.args[0])
+            LOG.warning("%s, here and in later edits of it: %s", what, reason)
+
+    def _own(self, how: _Pass, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """One pass of the model as it is, in which the modules that hold W are watched.
 
         Raises:
             HParamsError: one of them computes something else than x Wᵀ + b, or W is not run.
         """
-        self.uses = dict.fromkeys(self.projections, 0)
+        self.uses, self.inputs = dict.fromkeys(self.projections, 0), {}
         with ExitStack() as stack:
             for name, modules in self.projections.items():
                 for module in modules:
                     stack.enter_context(forward_as(module, self._watched(name, module)))
-            logits = self._forward(head)
+            logits = self._forward(how, head=head)
         for name, times in self.uses.items():
             if not times:
                 kind = type(self.projections[name][0]).__name__
@@ -351,6 +489,7 @@ class Suffix:
         def watched(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             output = forward(x, *args, **kwargs)
             self.uses[name] += 1
+            self.inputs[name] = x
             if not _is_projection(module, self.weights[name], x, output):
                 raise HParamsError(
                     f"{name} is the weight of a module of type {type(module).__module__}.{type(module).__name__}, which "
@@ -362,8 +501,28 @@ class Suffix:
         return watched
 
     def _kept_tensors(self) -> list[Tensor]:
-        kept = (self._lowest_input, *self._constant_outputs.values())
-        return [t for k in kept for t in (k if isinstance(k, (tuple, list)) else (k,)) if isinstance(t, Tensor)]
+        return [t for k in self._kept for t in (k if isinstance(k, (tuple, list)) else (k,)) if isinstance(t, Tensor)]
+
+
+class _Before(DynamicLayer):
+    """A layer's part of a model's cache that stays as it is: keys and values of the tokens before, ``[B, heads, m, width]``."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._before = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self._before
+        return torch.cat((keys, key_states), dim=-2), torch.cat((values, value_states), dim=-2)
+
+
+def _at_target(how: _Pass, hidden: Tensor) -> Tensor:
+    if hidden.dim() != 3 or hidden.shape[1] != how.input_ids.shape[1]:
+        raise CannotReplay("its output layer is not given the hidden states of all positions")
+    # With a slice's strides, torch would multiply batch by batch, and copy the output layer for it.
+    return hidden[how.at].clone(memory_format=torch.contiguous_format)
 
 
 def _predicting(prompt_length: int | Sequence[int], length: int) -> tuple[Any, Any]:
