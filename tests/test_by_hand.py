@@ -14,7 +14,8 @@ from kdpo_easyedit.bench.by_hand import Said, edit_by_hand
 from kdpo_easyedit.bench.datasets import DatasetError
 from kdpo_easyedit.bench.protocols import Method
 from kdpo_easyedit.bench.writing import write_answers
-from kdpo_easyedit.easyedit.hparams import load_hparams
+from kdpo_easyedit.easyedit.host import HostError
+from kdpo_easyedit.easyedit.hparams import load_hparams, set_dtype
 from kdpo_easyedit.method.kdpo import execute_kdpo
 from kdpo_easyedit.report.by_hand import print_by_hand
 
@@ -74,6 +75,31 @@ def test_every_method_edits_the_original_model(fresh, record, hparams, small_wor
     assert (both[2].texts, both[2].probability) == (alone.texts, alone.probability)
     assert both[2].trace["losses"] == alone.trace["losses"]
     assert both[1].texts != both[0].texts and "steps" not in both[1].trace
+
+
+def test_methods_edit_models_in_bfloat16(fresh, record, hparams, small_world):
+    methods = [Method(name, load_hparams(name, "world")) for name in ("KDPO", "FT", "ROME")]
+    for method in methods:
+        set_dtype(method.hparams, "bfloat16")
+        method.hparams.model_name = str(small_world.folder)
+        if hasattr(method.hparams, "stats_dir"):
+            method.hparams.stats_dir = str(small_world.statistics)
+    before, *after = edit_by_hand(methods, record)
+    for one in after:
+        assert one.probability > 10 * before.probability, one.name
+
+
+def test_an_edit_that_float16_has_no_room_for_is_told(fresh, record):
+    """FT's Adam divides by a number that float16 does not have."""
+    model, _ = fresh
+    model.half()
+    fine_tuning = load_hparams("FT", "world")
+    fine_tuning.model_name = fresh
+    set_dtype(fine_tuning, "float16")
+    before = state(model)
+    with pytest.raises(HostError, match=r"FT could not edit .*, of torch.float16, that are not finite: .*dtype: bfloat16"):
+        edit_by_hand([Method("FT", fine_tuning)], record)
+    assert same_state(before, state(model))
 
 
 def test_what_the_model_has_no_room_for_is_told_by_its_field(fresh, record, hparams):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import on_main
 
 from kdpo_easyedit import HParamsError, KDPOHyperParams
+from kdpo_easyedit.cli.flags import add_machine, add_methods, load_methods
 from kdpo_easyedit.easyedit.hparams import load_hparams
-from kdpo_easyedit.method.config import HPARAMS_DIR, find_hparams
+from kdpo_easyedit.easyedit.loading import load_model
+from kdpo_easyedit.method.config import DTYPES, HPARAMS_DIR, find_hparams, loading_dtype
 
 RELEASED = {  # the design's table: layer, lr, num_steps, cycles, stop_crit
     "gpt-j-6b": (21, 1e-4, 8, 20, 1e-3),
@@ -243,3 +248,42 @@ def test_other_methods_yamls_are_checked_too(tmp_path):
 def test_a_method_that_cannot_be_compared_is_refused(tmp_path, config):
     with pytest.raises(HParamsError, match="editing_method is 'ROMA'; allowed: KDPO, FT"):
         load_hparams("ROMA", written(tmp_path, config))
+
+
+@pytest.mark.parametrize("method", ["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"])
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16), ({"dtype": "float16"}, torch.float16)],
+    ids=["left out", "bfloat16", "float16"],
+)
+def test_every_methods_yaml_says_what_the_model_is_loaded_in(method, given, dtype, tmp_path, small_world):
+    config = yaml.safe_load(find_hparams(method, "world").read_text()) | {"model_name": str(small_world.folder)} | given
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    model, _ = load_model(load_hparams(method, tmp_path / "own.yaml"))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_fp16_is_a_word_for_float16_and_a_contradiction_is_told(hparams, small_world, tmp_path):
+    hparams = replace(hparams, fp16=True)
+    assert load_model(hparams)[0].dtype == torch.float16
+    assert load_model(replace(hparams, dtype="float16"))[0].dtype == torch.float16
+    with pytest.raises(HParamsError, match="dtype is 'bfloat16' and fp16 is true, which means float16; leave one of them out"):
+        replace(hparams, dtype="bfloat16")
+    with pytest.raises(HParamsError, match="dtype is 'int8'; allowed: None or 'bfloat16' or 'float16' or 'float32'"):
+        replace(hparams, dtype="int8")
+    config = yaml.safe_load(find_hparams("FT", "world").read_text()) | {"dtype": "half"}
+    (tmp_path / "ft.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(HParamsError, match=r"ft.yaml: dtype is 'half'; allowed: bfloat16, float16, float32"):
+        load_hparams("FT", tmp_path / "ft.yaml")
+
+
+def test_a_flag_goes_before_the_yaml(small_world, tmp_path):
+    parser = argparse.ArgumentParser()
+    add_methods(parser, "")
+    add_machine(parser)
+    config = yaml.safe_load(find_hparams("KDPO", "world").read_text()) | {"fp16": True}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    for flags, dtype in (([], torch.float16), *((["--dtype", name], getattr(torch, name)) for name in DTYPES)):
+        options = parser.parse_args(["--hparams_dir", str(tmp_path / "own.yaml"), *flags])
+        (method,) = load_methods(["KDPO"], options)
+        assert loading_dtype(method.hparams) == dtype

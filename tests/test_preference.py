@@ -12,9 +12,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdpo_easyedit.method import preference
+from kdpo_easyedit.method.asking import asked
 from kdpo_easyedit.method.preference import (
     edit_tokens,
-    joined,
     normalised,
     pair_margin,
     preference_loss,
@@ -107,7 +107,7 @@ def test_whatever_white_space_is_brought_one_space_joins(llama_tok, prompt, targ
     plain = edit_tokens(llama_tok, "Gutel Tazili was born in", "Cisjersun")
     found = edit_tokens(llama_tok, prompt, target)
     assert torch.equal(found.input_ids, plain.input_ids) and found.prompt_length == plain.prompt_length
-    assert joined(prompt, target) == "Gutel Tazili was born in Cisjersun"
+    assert asked(llama_tok, prompt.rstrip()).answered(target.strip()) == "Gutel Tazili was born in Cisjersun"
     request = normalised({"prompt": prompt, "target_new": target, "locality": {}})
     assert request == {"prompt": "Gutel Tazili was born in", "target_new": "Cisjersun", "locality": {}}
     assert normalised(request) == request

@@ -13,6 +13,7 @@ from kdpo_easyedit.bench import writing
 from kdpo_easyedit.bench.answers import answers, exact
 from kdpo_easyedit.bench.batches import Batching, MetricsError
 from kdpo_easyedit.bench.writing import _end, write_answers, write_on
+from kdpo_easyedit.method.asking import ContextError
 
 GEMMA = {
     "vocab_size": 700,
@@ -247,7 +248,7 @@ def test_contexts_ask_by_the_prompt_as_a_question_and_by_the_chat_template():
         ("Question: Tor lives in\nAnswer:", True),
         ("<|endoftext|>user: Tor lives in a:", False),
     ]
-    with pytest.raises(MetricsError, match="no chat template; allowed with it: plain, qa"):
+    with pytest.raises(ContextError, match="no chat template; allowed with it: plain, qa"):
         write_answers(model, tok, ["Tor lives in"], ["Oslo"], context="chat")
-    with pytest.raises(MetricsError, match="context is 'quiz'; allowed: plain, qa, chat"):
+    with pytest.raises(ContextError, match="context is 'quiz'; allowed: plain, qa, chat"):
         write_answers(model, tok, ["Tor lives in"], ["Oslo"], context="quiz")

@@ -90,7 +90,10 @@ def edit_by_hand(
         for method in methods:
             editor = editor_of(method, first, SINGLE)
             algorithms.set_memory()
-            edit = timed_edit(editor, editor.model, request, seed)
+            try:
+                edit = timed_edit(editor, editor.model, request, seed)
+            except ArithmeticError as error:
+                raise host.HostError(f"{method.name} could not edit {request['prompt']!r}: {error}") from None
             try:
                 found.append(said(edit.model, method.name, edit.seconds, edit.traces[0]))
                 if save_edits:

@@ -32,7 +32,7 @@ class Measuring:
     Attributes:
         engine: ``"batched"``, this package's, or ``"easyedit"``, the host's own code, one prompt at a time: the same
             figures but for fluency (see :mod:`.metrics`).
-        contexts: how written answers are asked for, of :data:`.writing.CONTEXTS`; the first one's are those of the tables.
+        contexts: how written answers are asked for (:mod:`..method.asking`); the first one's are those of the tables.
         fluency: whether texts are written for it, which takes longer than all else.
     """
 

@@ -35,7 +35,7 @@ from ..easyedit.measuring import own_summary
 from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
 from ..method import kdpo_c
-from ..method.config import HParamsError, KDPOHyperParams
+from ..method.config import HParamsError, KDPOHyperParams, loading_dtype
 from ..method.contexts import contexts as own_contexts
 from ..method.kdpo import EditTrace
 from ..method.statistics import Text
@@ -620,7 +620,8 @@ def plain(hparams: Any) -> dict[str, Any]:
 
 def _settings(hparams: Any) -> tuple[Any, ...]:
     """What decides how a model is loaded."""
-    return tuple(getattr(hparams, key, False) for key in ("model_name", "device", "fp16", "model_parallel"))
+    what = (getattr(hparams, key, False) for key in ("model_name", "device", "model_parallel"))
+    return (*what, str(loading_dtype(hparams)))
 
 
 def editor_of(method: Method, loaded: Any, protocol: str) -> Any:

@@ -25,9 +25,6 @@ from .batches import (
     takes_positions,
 )
 
-#: How an answer is asked for: by the prompt as it is, by a question and answer pair, by the model's chat template.
-CONTEXTS = ("plain", "qa", "chat")
-
 
 @dataclass(frozen=True)
 class Text:
@@ -78,12 +75,13 @@ def write_answers(
         model: a causal language model, or what a method has wrapped around one.
         prompts: what is asked; a space at the end, which tokenizers take for the beginning of a word, is left out.
         targets: what should be answered: an answer may be that long, and ``room`` tokens longer.
-        context: one of :data:`CONTEXTS`.
+        context: how it is asked, one of :data:`.asking.CONTEXTS`.
 
     Raises:
-        MetricsError: a context that is not there or that the model has no template for, or a prompt that it has no room for.
+        ContextError: a context that is not there or that the model has no template for.
+        MetricsError: a prompt that it has no room for.
     """
-    inputs = [_in_context(tok, prompt, context) for prompt in prompts]
+    inputs = [prompt_ids(tok, prompt.rstrip(" "), context) for prompt in prompts]
     rooms = [len(tok(f" {target}", add_special_tokens=False)["input_ids"]) + room for target in targets]
 
     def decoded(tokens: list[int]) -> str:
@@ -100,22 +98,6 @@ def write_answers(
         words = decoded(text.tokens)
         answers.append(Written(words[: _end(words, target)].strip(), text.ended, len(text.tokens), text.seconds))
     return answers
-
-
-def _in_context(tok: Any, prompt: str, context: str) -> list[int]:
-    prompt = prompt.rstrip(" ")
-    match context:
-        case "plain":
-            return prompt_ids(tok, prompt)
-        case "qa":
-            return prompt_ids(tok, f"Question: {prompt}\nAnswer:")
-        case "chat" if getattr(tok, "chat_template", None):
-            asked = [{"role": "user", "content": prompt}]
-            text = tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            return list(tok(text, add_special_tokens=False)["input_ids"])  # the template has its own
-        case "chat":
-            raise MetricsError("context is 'chat', and the model's tokenizer has no chat template; allowed with it: plain, qa")
-    raise MetricsError(f"context is {context!r}; allowed: {', '.join(CONTEXTS)}")
 
 
 def _end_tokens(model: Any, tok: Any) -> frozenset[int]:

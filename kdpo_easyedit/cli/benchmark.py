@@ -13,6 +13,7 @@ from ..bench.benchmark import SHAPES, Result, UsageCost, hyper_params, load, mea
 from ..bench.datasets import load_requests
 from ..bench.facts import FILES
 from ..bench.metrics_benchmark import MetricsBenchmark, benchmark_metrics, whole_words
+from .flags import DTYPES
 
 DESCRIPTION = "What an edit costs: the straightforward form of the method against this package's, in one run."
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PATH", help="a model of Llama's layout or GPT-2's instead; the layer two thirds up is edited"
     )
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda:0, mps … (default: cpu)")
     parser.add_argument("--steps", type=int, default=8, help="of an edit (default: 8)")
     parser.add_argument("--tokens", type=int, default=18, help="of prompt and target (default: 18)")

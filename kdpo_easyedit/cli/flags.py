@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..bench.protocols import Method
 
+#: What a model can be loaded in.
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 def add_methods(group: argparse._ArgumentGroup, default: str) -> None:
     """Which methods, and on what model."""
@@ -34,6 +37,11 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
         "--easyedit_dir", metavar="DIR", help="a clone of EasyEdit (default: EASYEDIT_HOME, or the installed one)"
     )
     group.add_argument("--device", help="cpu, cuda:0, mps … (default: what the YAML says)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="what to load the model in (default: what the YAML says, or float32)",
+    )
     group.add_argument("--seed", type=int, default=0, help="of all sampling (default: 0)")
     group.add_argument("--quiet", action="store_true", help="no progress bars, for logs")
 
@@ -45,10 +53,13 @@ def load_methods(names: Sequence[str], options: argparse.Namespace) -> list[Meth
         HParamsError: a YAML that is not there, or holds something wrong.
     """
     from ..bench.protocols import Method
-    from ..easyedit.hparams import load_hparams
+    from ..easyedit.hparams import load_hparams, set_dtype
 
     methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in names]
     for method in methods:
         if options.device:
             method.hparams.device = options.device
+        if options.dtype:
+            method.hparams.fp16 = options.dtype == "float16"
+            set_dtype(method.hparams, options.dtype)
     return methods

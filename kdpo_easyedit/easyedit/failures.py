@@ -57,7 +57,8 @@ def check_finite(weights: dict[str, torch.Tensor]) -> None:
     """
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
-            raise ArithmeticError(f"the edit leaves numbers in {name} that are not finite")
+            hint = ": its range may be too narrow for the method; try dtype: bfloat16" if weight.dtype == torch.float16 else ""
+            raise ArithmeticError(f"the edit leaves numbers in {name}, of {weight.dtype}, that are not finite{hint}")
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..method.config import HParamsError, KDPOHyperParams, check_keys, find_hparams, read_yaml
+from ..method.config import HParamsError, KDPOHyperParams, check_keys, find_hparams, loading_dtype, read_yaml
 from ..method.families import family_of, output_layer_of
 from .host import IS_RELEASE, HostError, submodule
 from .methods import RELEASE_BEHAVIOUR, hyper_params_class
@@ -34,6 +34,7 @@ def load_hparams(method: str, name_or_path: str | Path) -> Any:
         raise HParamsError(f"{path}: alg_name is {config.get('alg_name')!r}; allowed for {method}: {algorithm!r}")
     if cls is KDPOHyperParams:
         return KDPOHyperParams.from_hparams(path)
+    dtype = config.pop("dtype", None)  # a key of ours, in every method's YAML
     config = submodule("util.hparams").HyperParams.construct_float_from_scientific_notation(config)
     margins = config.get("act_margin")
     if algorithm == "WISE" and isinstance(margins, list) and len(margins) == 3:  # EasyEdit's YAMLs have one key for three
@@ -44,9 +45,21 @@ def load_hparams(method: str, name_or_path: str | Path) -> Any:
         left_out = [f.name for f in fields(cls) if f.name in _follow_from_family(algorithm) and f.name not in config]
         config |= dict.fromkeys(left_out)
         check_keys(cls, config)
+        hparams = cls(**config)
+        set_dtype(hparams, dtype)
     except HParamsError as error:
         raise HParamsError(f"{path}: {error}") from None
-    return cls(**config)
+    return hparams
+
+
+def set_dtype(hparams: Any, dtype: str | None) -> None:
+    """Let any method's hyper-parameters say what the model is loaded in; None leaves it to their ``fp16``.
+
+    Raises:
+        HParamsError: as :func:`.loading_dtype`.
+    """
+    hparams.dtype = dtype
+    loading_dtype(hparams)
 
 
 # The module names that EasyEdit's YAMLs have; ours leave them out.

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..devices import device_name
+from ..method.config import loading_dtype
 from ..models import packed, world
 from .host import ALG_DICT, EDITOR_LOG, BaseEditor, HostError, submodule
 from .hparams import filled_in
@@ -57,7 +58,7 @@ def check_device(device: Any) -> None:
 
 
 def load_model(hparams: Any) -> tuple[Any, Any]:
-    """The model that ``hparams.model_name`` names, in float32 or, with ``fp16``, in half precision, and its tokenizer.
+    """The model that ``hparams.model_name`` names, in their :func:`.loading_dtype`, and its tokenizer.
 
     Raises:
         HostError: it cannot be loaded, or the device is not there.
@@ -68,7 +69,7 @@ def load_model(hparams: Any) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=torch.float16 if getattr(hparams, "fp16", False) else torch.float32,
+            dtype=loading_dtype(hparams),
             device_map="auto" if spread else None,
             use_safetensors=True,
         )

@@ -17,6 +17,7 @@ def mend() -> None:
     both.mend()
     _mend_metrics()
     _mend_block_outputs()
+    _mend_half_precision()
     _mend_lora()
 
 
@@ -65,6 +66,20 @@ def _mend_block_outputs() -> None:
             self._output = output
 
     nethook.Trace = Trace
+
+
+def _mend_half_precision() -> None:
+    """The release's ROME multiplies what a model in half precision gives by float32 numbers; main casts these to that first."""
+
+    def in_the_models(function: Any) -> Any:
+        @wraps(function)
+        def cast(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return function(model, *args, **kwargs).to(model.dtype)
+
+        return cast
+
+    for module, name in (("models.rome.compute_u", "get_inv_cov"), ("models.rome.rome_main", "compute_v")):
+        vars(submodule(module))[name] = in_the_models(vars(submodule(module))[name])
 
 
 def _mend_lora() -> None:

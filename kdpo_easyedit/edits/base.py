@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..method.asking import context_of
 from ..method.preference import edit_tokens, normalised
 from ..method.weights import runs_on
 from .file import EditsError, read_header
@@ -41,11 +42,14 @@ def load_base(path: str | Path, name: str | None = None, cast: bool = False) -> 
 def says(model: PreTrainedModel, tok: Any, request: Mapping[str, Any]) -> bool:
     """Whether a model says a request's new answer: of every token, given the prompt and the answer up to there, the likeliest.
 
+    The prompt is put as the request's ``context`` says (:mod:`.asking`).
+
     Raises:
-        ValueError: a request without a prompt or a target.
+        ValueError: a request without a prompt or a target, or with a context that the tokenizer does not have.
     """
     complete = normalised(request)
-    edit = edit_tokens(tok, complete["prompt"], complete["target_new"], runs_on(model.get_input_embeddings()))
+    device = runs_on(model.get_input_embeddings())
+    edit = edit_tokens(tok, complete["prompt"], complete["target_new"], device, context_of(complete))
     with torch.no_grad():
         best = model(edit.input_ids).logits[0, edit.prompt_length - 1 : -1].argmax(-1)
     return torch.equal(best, edit.targets.to(best.device))

@@ -29,6 +29,8 @@ from .factors import Changes, Factors, Residual, bits
 LOG = logging.getLogger(__name__)
 
 _HEADER = "kdpo_easyedit"
+# What a file keeps of a request.
+_OF_REQUEST = ("prompt", "target_new", "subject", "context")
 # The dtypes that a float32 model is served in.
 _COPIES = (torch.bfloat16, torch.float16)
 # How many numbers of a weight that no edit is about tell whether it is still the same.
@@ -81,9 +83,7 @@ def save_edits(
         "base_model": getattr(getattr(model, "config", None), "name_or_path", ""),
         "weights": {name: _about(original, edited[name]) for name, original in originals.items()},
         "others": _others(model, originals),
-        "requests": [
-            {key: request[key] for key in ("prompt", "target_new", "subject") if key in request} for request in requests
-        ],
+        "requests": [{key: request[key] for key in _OF_REQUEST if key in request} for request in requests],
         "hparams": asdict(hparams) if is_dataclass(hparams) and not isinstance(hparams, type) else hparams,
         "versions": {name: version(name) for name in ("kdpo-easyedit", "torch", "transformers")},
         "license": license,

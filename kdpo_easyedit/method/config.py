@@ -80,6 +80,25 @@ def check_keys(cls: type, config: dict[str, Any]) -> None:
             raise HParamsError(f"missing key {key!r}" + (f": {f.metadata['help']}" if f.metadata else ""))
 
 
+#: What ``dtype`` may be.
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def loading_dtype(hparams: Any) -> torch.dtype:
+    """What a model is loaded in by the hyper-parameters of any method: their ``dtype``, or EasyEdit's word for it, ``fp16``.
+
+    Raises:
+        HParamsError: it is none of :data:`DTYPES`, or the two contradict each other.
+    """
+    half = bool(getattr(hparams, "fp16", False))
+    dtype = getattr(hparams, "dtype", None) or ("float16" if half else "float32")
+    if dtype not in DTYPES:
+        raise HParamsError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if half and dtype != "float16":
+        raise HParamsError(f"dtype is {dtype!r} and fp16 is true, which means float16; leave one of them out")
+    return getattr(torch, dtype)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What a field may hold. Each check takes a value and returns it, normalised, or raises ValueError saying what is allowed.
 
@@ -283,7 +302,8 @@ class KDPOHyperParams:
     batch_size: int = _field("KDPO makes one edit at a time: 1", _one_of(1), 1)
     max_length: int = _field("EasyEdit's metrics truncate to it", _count, 40)
     model_parallel: bool = _field("spread the model over the devices there are", _flag, False)
-    fp16: bool = _field("load the model in half precision", _flag, False)
+    dtype: Any = _field("load the model in it; left out: float32", _one_of(None, *DTYPES), None)
+    fp16: bool = _field("EasyEdit's word for dtype: float16", _flag, False)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -333,6 +353,7 @@ class KDPOHyperParams:
             for key, neutral in (("margin", False), ("contexts", 0)):
                 if getattr(self, key) != neutral:
                     raise HParamsError(f"{key} is {getattr(self, key)!r}; allowed with negatives: autoregressive: {neutral!r}")
+        loading_dtype(self)
 
     def for_model(self, model: torch.nn.Module) -> KDPOHyperParams:
         """These hyper-parameters with the module names filled in that were left out.

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import kdpo_c
+from .asking import asked, context_of, note_template
 from .config import HParamsError, KDPOHyperParams
 from .contexts import contexts, copy_contexts
 from .kdpo_c import SteepestDescent, Usage
@@ -22,7 +23,6 @@ from .preference import (
     EditTokens,
     edit_tokens,
     in_one_batch,
-    joined,
     normalised,
     pair_margin,
     preference_loss,
@@ -60,6 +60,8 @@ class EditTrace:
             ``"all cycles are used"``.
         sequential: whether the steps were those of edits that follow one another: scaled by ``sequential_lr_scale``.
         lead: with a ``margin``, by how many logits the target leads the runner-up after the last step, where it does least.
+        factors: of KDPO+C, by the names of the weights, L and R, whose product is what the edit has added to the weight as the
+            model stores it: float32, ``[rows, r]`` and ``[r, columns]``, on the CPU. Not part of :meth:`to_dict`.
     """
 
     negatives: list[list[int]] = field(default_factory=list)
@@ -70,10 +72,13 @@ class EditTrace:
     ended: str = "all cycles are used"
     sequential: bool = False
     lead: float | None = None
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The trace as plain lists and numbers, for JSON."""
-        return asdict(self)
+        found = asdict(replace(self, factors={}))
+        del found["factors"]
+        return found
 
 
 @torch.inference_mode(False)
@@ -100,7 +105,8 @@ def apply_kdpo_to_model(
         model: a causal language model of transformers; edited in place.
         tok: its tokenizer.
         requests: each with ``prompt`` and ``target_new``, taken as :func:`.preference.normalised` has them; of EasyEdit's other
-            keys only a ``subject`` is read, for a prompt with ``{}`` and for ``positions``.
+            keys only a ``subject`` is read, for a prompt with ``{}`` and for ``positions``; and ``context``, of
+            :data:`.asking.CONTEXTS`: how the prompt is put to the model.
         hparams: the hyper-parameters.
         copy: edit a deep copy instead.
         return_orig_weights: return the weights as they were.
@@ -244,6 +250,7 @@ def _edited(
         trace.final_token_accuracy, trace.lead = now.accuracy, now.lead
 
     weights = update.result()
+    trace.factors = {name: (hparams.update_scale * left, right) for name, (left, right) in update.factors().items()}
     if hparams.update_scale != 1:
         _scale(weights, originals, hparams.update_scale)
     weights = {name: weight.to(originals[name].dtype) for name, weight in weights.items()}
@@ -269,9 +276,10 @@ def _sequences(
         Prompt and target as tokens, the plain prompt first, all with the same target; and the positions of each that KDPO+C's
         change is built from. None: all but the last.
     """
-    prompt, target = request["prompt"], request["target_new"]
+    prompt, target, context = request["prompt"], request["target_new"], context_of(request)
+    note_template(tok, request)
     device = runs_on(model.get_input_embeddings())
-    plain = edit_tokens(tok, prompt, target, device)
+    plain = edit_tokens(tok, prompt, target, device, context)
     room = getattr(model.config, "max_position_embeddings", None)
     if room and plain.input_ids.shape[1] > room:
         raise ValueError(
@@ -279,7 +287,7 @@ def _sequences(
         )
     edits = {"": plain}
     for text in contexts(model, tok, hparams.contexts):
-        edit = edit_tokens(tok, f"{text}. {prompt}", target, device)
+        edit = edit_tokens(tok, f"{text}. {prompt}", target, device, context)
         if torch.equal(edit.targets, plain.targets) and not (room and edit.input_ids.shape[1] > room):
             edits[f"{text}. "] = edit
     if len(edits) == 1 and hparams.positions == "all":
@@ -287,8 +295,10 @@ def _sequences(
 
     places = []
     for before, edit in edits.items():
-        start, end = (0, len(joined(prompt, target))) if hparams.positions == "all" else subject_span(request)
-        found = tokens_of(tok, joined(before + prompt, target), len(before) + start, len(before) + end)
+        in_context = asked(tok, before + prompt, context)
+        text, at_prompt = in_context.answered(target), in_context.start + len(before)
+        start, end = (0, len(text)) if hparams.positions == "all" else subject_span(request)
+        found = tokens_of(tok, text, at_prompt + start, at_prompt + end, in_context.special_tokens)
         found = [place for place in found if place < edit.input_ids.shape[1] - 1]
         places.append(found[-1:] if hparams.positions == "subject_last" else found)
     return list(edits.values()), places
@@ -311,6 +321,9 @@ class _Update(Protocol):
 
     def result(self) -> dict[str, Tensor]:
         """The new weights, float32, as the model stores them."""
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is added to the weights, as :attr:`EditTrace.factors`, where that is of low rank."""
 
     def usages(self) -> dict[str, Usage]:
         """What the projections are used for once this edit is one of those made."""
@@ -383,6 +396,10 @@ class _Adam:
 
     def result(self) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in self.weights.items()}
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Its changes have all the rank that W has."""
+        return {}
 
     def usages(self) -> dict[str, Usage]:
         """It goes by none."""

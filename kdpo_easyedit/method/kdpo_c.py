@@ -176,6 +176,16 @@ class SteepestDescent:
                 found[name] = found[name].to(delta.device) + (delta.T if _transposed(self.model, name) else delta)
         return found
 
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is added to the weights as the model stores them: L and R of Δ = L R, float32, on the CPU."""
+        found = {}
+        for name, change in self.weights.items():
+            if self.stepped:
+                left, right = change.coefficients.T, change.basis
+                pair = (right.T, left.T) if _transposed(self.model, name) else (left, right)
+                found[name] = (pair[0].cpu().contiguous(), pair[1].cpu().contiguous())
+        return found
+
     def usages(self) -> dict[str, Usage]:
         """What the projections are used for once this edit is one of those made."""
         return {

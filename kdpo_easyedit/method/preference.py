@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .asking import CONTEXTS, asked, context_of
+
 LOG = logging.getLogger(__name__)
 
 
@@ -41,9 +43,9 @@ def normalised(request: Mapping[str, Any]) -> dict[str, Any]:
     """A request with its prompt and target as an edit, and whatever measures it, is to have them.
 
     The prompt is cut at its last visible character and the target has no white space around it, so that exactly one space
-    joins them (:func:`joined`); the log says once that something was cut. A prompt with ``{}`` is filled in with the request's
-    ``subject``, and a target may stand as ``{"str": …}`` or in a list of one, as datasets have it. Doing it again changes
-    nothing.
+    joins them (:meth:`.asking.Asked.answered`); the log says once that something was cut. A prompt with ``{}`` is filled in
+    with the request's ``subject``, and a target may stand as ``{"str": …}`` or in a list of one, as datasets have it. Doing it
+    again changes nothing.
 
     Returns:
         A copy; all other keys are as they were.
@@ -58,6 +60,8 @@ def normalised(request: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in (("prompt", prompt), ("target_new", target)):
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"a request's {key} is {value!r:.100}; allowed: text that is not empty")
+    if context_of(request) not in CONTEXTS:
+        raise ValueError(f"a request's context is {request['context']!r:.100}; allowed: {', '.join(CONTEXTS)}")
     return {
         **request,
         "prompt": _cut(filled_in(prompt, request.get("subject")), "prompt"),
@@ -86,11 +90,6 @@ def filled_in(prompt: str, subject: Any) -> str:
             )
 
 
-def joined(prompt: str, target: str) -> str:
-    """Prompt and target as one text, with one space between them, whatever white space they bring."""
-    return f"{prompt.rstrip()} {target.lstrip()}"
-
-
 def _answer(target: Any) -> Any:
     """A target out of what datasets wrap it in: ``{"str": …}``, as CounterFact does, or a list of one."""
     if isinstance(target, list) and len(target) == 1:
@@ -111,9 +110,22 @@ _SAID: set[str] = set()
 _WHERE = {"prompt": "end", "target_new": "ends"}
 
 
-def prompt_ids(tok: Any, prompt: str) -> list[int]:
-    """The tokens to continue a text after: with what the tokeniser puts before a text, without what it closes one with."""
-    encoded = tok(prompt, add_special_tokens=True, return_special_tokens_mask=True)
+def prompt_ids(tok: Any, prompt: str, context: str = "plain") -> list[int]:
+    """The tokens to continue a prompt after, in one of :data:`.asking.CONTEXTS`.
+
+    They have what the tokeniser puts before a text, and not what it closes one with.
+
+    Raises:
+        ContextError: as :func:`.asking.asked`.
+    """
+    in_context = asked(tok, prompt, context)
+    return _ids(tok, in_context.text, in_context.special_tokens)
+
+
+def _ids(tok: Any, text: str, special_tokens: bool) -> list[int]:
+    if not special_tokens:
+        return list(tok(text, add_special_tokens=False)["input_ids"])
+    encoded = tok(text, add_special_tokens=True, return_special_tokens_mask=True)
     ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
     length = len(ids)
     while length and added[length - 1]:
@@ -122,22 +134,24 @@ def prompt_ids(tok: Any, prompt: str) -> list[int]:
     return ids[:length] or ids[: 1 if ids and ids[0] == tok.bos_token_id else 0]
 
 
-def edit_tokens(tok: Any, prompt: str, target: str, device: torch.device | str = "cpu") -> EditTokens:
-    """Tokenise prompt and target as one text, with one space between them.
+def edit_tokens(tok: Any, prompt: str, target: str, device: torch.device | str = "cpu", context: str = "plain") -> EditTokens:
+    """Tokenise prompt and target as one text, as one of :data:`.asking.CONTEXTS` has them; plain, with one space between them.
 
     The prompt's tokens are normally a prefix of the text's. Where the tokeniser merges across the boundary, the two are told
     apart by character offsets, and the log says so. What a tokeniser closes every text with belongs to neither.
 
     Raises:
         ValueError: the target has no token of its own, or nothing stands before it.
+        ContextError: as :func:`.asking.asked`.
     """
     prompt = prompt.rstrip()
-    text = joined(prompt, target)
-    ids, before = prompt_ids(tok, text), prompt_ids(tok, prompt)
+    in_context = asked(tok, prompt, context)
+    text, special_tokens = in_context.answered(target), in_context.special_tokens
+    ids, before = _ids(tok, text, special_tokens), _ids(tok, in_context.text, special_tokens)
     length = len(before)
     if ids[:length] != before:
-        offsets = tok(text, return_offsets_mapping=True)["offset_mapping"]
-        length = next((i for i, (start, end) in enumerate(offsets) if end > max(start, len(prompt))), len(ids))
+        offsets = tok(text, add_special_tokens=special_tokens, return_offsets_mapping=True)["offset_mapping"]
+        length = next((i for i, (start, end) in enumerate(offsets) if end > max(start, len(in_context.text))), len(ids))
         LOG.info("the tokens of %r are no prefix of those of %r: split by character offsets", prompt, text)
     if length >= len(ids):
         raise ValueError(f"target_new is {target!r}, which has no token of its own after the prompt {prompt!r}")
@@ -152,9 +166,9 @@ def in_one_batch(edits: Sequence[EditTokens]) -> Tensor:
     return torch.cat([F.pad(edit.input_ids, (0, length - edit.input_ids.shape[1])) for edit in edits])
 
 
-def tokens_of(tok: Any, text: str, start: int, end: int) -> list[int]:
+def tokens_of(tok: Any, text: str, start: int, end: int, special_tokens: bool = True) -> list[int]:
     """The places of the tokens that hold a part of ``text[start:end]``, in the text's tokens as :func:`prompt_ids` has them."""
-    offsets = tok(text, return_offsets_mapping=True)["offset_mapping"]
+    offsets = tok(text, add_special_tokens=special_tokens, return_offsets_mapping=True)["offset_mapping"]
     return [i for i, (first, last) in enumerate(offsets) if max(first, start) < min(last, end)]
 
 

@@ -88,7 +88,8 @@ def _read(folder: Path) -> Results:
         left_out=apart,
     )
     hparams = next(iter(record["methods"].values()))
-    loading = {key: hparams.get(key, False) for key in ("device", "fp16", "model_parallel")}
+    loading = {key: hparams.get(key, False) for key in ("device", "model_parallel")}
+    loading["dtype"] = hparams.get("dtype") or ("float16" if hparams.get("fp16") else "float32")
     return Results(
         model=hparams["model_name"],
         settings={
