@@ -30,12 +30,12 @@ from transformers import AutoTokenizer
 from ..devices import device_name, synchronize
 from ..easyedit import host
 from ..easyedit import methods as algorithms
-from ..easyedit.loading import check_device, in_place
+from ..easyedit.loading import check_device, in_place, loading
 from ..easyedit.measuring import own_summary
 from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
 from ..method import kdpo_c
-from ..method.config import HParamsError, KDPOHyperParams, loading_dtype
+from ..method.config import HParamsError, KDPOHyperParams
 from ..method.contexts import contexts as own_contexts
 from ..method.kdpo import EditTrace
 from ..method.statistics import Text
@@ -56,7 +56,7 @@ from .measuring import (
     token_accuracy,
 )
 from .peak import PeakMemory
-from .runs import RunFolder
+from .runs import Journal, RunFolder
 from .schema import (
     SEQUENTIAL,
     SINGLE,
@@ -152,6 +152,8 @@ def compare(
     data_name: str = "",
     how: Measuring = Measuring(),
     ability_texts: Sequence[str] = (),
+    loaded: tuple[Any, Any] | None = None,
+    before: Path | None = None,
 ) -> Comparison:
     """Run every method under every protocol. What is done is in ``folder`` at once; the same call again goes on from there.
 
@@ -182,6 +184,8 @@ def compare(
         data_name: what reports call the edits.
         how: how all methods are measured.
         ability_texts: ordinary text that no edit is about: sequences are measured by how well the model still reads it.
+        loaded: the methods' model, unedited, and its tokenizer; left out, they are loaded.
+        before: the folder in which :func:`measure_before` has measured that model on these edits; left out, it is done here.
 
     Raises:
         HostError: methods of different models, or a model or device that cannot be had.
@@ -195,18 +199,8 @@ def compare(
     methods = [Method(method.name, in_place(method.hparams)) for method in methods]
     if stats_text is not None:
         methods = [Method(method.name, with_text(method.hparams, stats_text)) for method in methods]
-    checkpoints = sorted({n for n in eval_at or _powers_of_ten(len(requests)) if n < len(requests)} | {len(requests)})
-    settings = {
-        "schema": VERSION,
-        "methods": {method.name: plain(method.hparams) for method in methods},
-        "data": hashlib.sha256(json.dumps(requests).encode()).hexdigest(),
-        "protocols": list(protocols),
-        "checkpoints": checkpoints,
-        "seed": seed,
-        "measuring": asdict(how) | {"ability": hashlib.sha256("\n".join(ability_texts).encode()).hexdigest()[:16]},
-        "versions": versions(),
-    }
-
+    settings = settings_of(methods, requests, protocols, seed, eval_at, how, ability_texts)
+    checkpoints = settings["checkpoints"]
     caveats = {method.name: words for method in methods if (words := algorithms.caveat(method.hparams))}
     apart = left_out(methods, protocols)
     about = {
@@ -216,12 +210,13 @@ def compare(
         "left_out": list(apart.values()),
     }
     with RunFolder(folder, settings, overwrite, about) as run, algorithms.output_to(folder):
-        first = host.BaseEditor(copy.copy(methods[0].hparams))
+        first = _first_editor(methods[0], loaded)
         _check_room(requests, first.model, first.tok)
         prepare(first.model, first.tok, [method.hparams for method in methods], stats_text, quiet)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
-        before = _measure_before(run, first, requests, seed, how, bar)
-        unedited = summarise("(before)", "", before, "pre")
+        journal = run.adopt("before.jsonl", before) if before else run.journal("before.jsonl")
+        unedited_metrics = _measure_before(journal, first, requests, seed, how, bar)
+        unedited = summarise("(before)", "", unedited_metrics, "pre")
         reading = None
         if ability_texts and any(protocol != SINGLE for protocol in protocols):
             reading = read_text(first.model, first.tok, ability_texts)
@@ -235,13 +230,13 @@ def compare(
                 editor = editor_of(method, first, protocol)
                 algorithms.set_memory()
                 if protocol == SINGLE:
-                    row = _edit_one_by_one(run, editor, before, method.name, seed, how, bar)
+                    row = _edit_one_by_one(run, editor, unedited_metrics, method.name, seed, how, bar)
                 else:
-                    entries, kept = before, (save_edits, save_model)
+                    entries, kept = unedited_metrics, (save_edits, save_model)
                     if protocol != SEQUENTIAL:
                         kept = None, None
                     if is_order(protocol):
-                        entries = _shuffled(before, f"{seed} {protocol}")
+                        entries = _shuffled(unedited_metrics, f"{seed} {protocol}")
                     measured_at = checkpoints if batch_size(protocol) == 1 else checkpoints[-1:]
                     rows = _edit_in_sequence(
                         run, editor, entries, method.name, protocol, seed, how, ability, measured_at, bar, *kept
@@ -280,9 +275,9 @@ def check(
         raise host.HostError(f"save_edits is {str(save_edits)!r}, whose folder is not there; make it first")
     if save_model and save_model.exists():
         raise host.HostError(f"save_model is {str(save_model)!r}, which is there already; name a new folder")
-    loading = [_settings(method.hparams) for method in methods]
-    if any(other != loading[0] for other in loading):
-        raise host.HostError(f"the methods are set to edit different models: {loading}; compare methods on one model")
+    wanted = [loading(method.hparams) for method in methods]
+    if any(other != wanted[0] for other in wanted):
+        raise host.HostError(f"the methods are set to edit different models: {wanted}; compare methods on one model")
     if not getattr(methods[0].hparams, "model_parallel", False):
         check_device(methods[0].hparams.device)
 
@@ -316,11 +311,66 @@ def left_out(methods: Sequence[Method], protocols: Sequence[str]) -> dict[tuple[
     return apart
 
 
+def settings_of(
+    methods: Sequence[Method],
+    requests: Sequence[Request],
+    protocols: Sequence[str],
+    seed: int,
+    eval_at: Sequence[int] | None,
+    how: Measuring,
+    ability_texts: Sequence[str],
+) -> dict[str, Any]:
+    """Everything that the figures of :func:`compare` follow from, as its folder's ``run.json`` has it."""
+    return {
+        "schema": VERSION,
+        "methods": {method.name: plain(method.hparams) for method in methods},
+        "data": hashlib.sha256(json.dumps(requests).encode()).hexdigest(),
+        "protocols": list(protocols),
+        "checkpoints": sorted({n for n in eval_at or _powers_of_ten(len(requests)) if n < len(requests)} | {len(requests)}),
+        "seed": seed,
+        "measuring": asdict(how) | {"ability": hashlib.sha256("\n".join(ability_texts).encode()).hexdigest()[:16]},
+        "versions": versions(),
+    }
+
+
+def measure_before(
+    method: Method,
+    requests: Sequence[Request],
+    folder: Path,
+    seed: int = 0,
+    quiet: bool = False,
+    how: Measuring = Measuring(),
+    loaded: tuple[Any, Any] | None = None,
+) -> None:
+    """Measure the model before any edit, once for all the calls of :func:`compare` that are given this ``folder``.
+
+    Args:
+        method: any that edits the model: the figures are the same for all.
+
+    Others as for :func:`compare`, which raises the same.
+    """
+    folder = folder.resolve()
+    method = Method(method.name, in_place(method.hparams))
+    settings = settings_of([], requests, [], seed, None, how, ()) | {"model": plain(method.hparams)["model_name"]}
+    with RunFolder(folder, settings) as run, algorithms.output_to(folder):
+        editor = _first_editor(method, loaded)
+        _check_room(requests, editor.model, editor.tok)
+        bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
+        _measure_before(run.journal("before.jsonl"), editor, requests, seed, how, bar)
+
+
+def _first_editor(method: Method, loaded: tuple[Any, Any] | None) -> Any:
+    """EasyEdit's editor of a method, on a model that is loaded already or is loaded now."""
+    hparams = copy.copy(method.hparams)
+    if loaded:
+        hparams.model_name = loaded
+    return host.BaseEditor(hparams)
+
+
 def _measure_before(
-    run: RunFolder, editor: Any, requests: Sequence[Request], seed: int, how: Measuring, bar: Bar
+    journal: Journal, editor: Any, requests: Sequence[Request], seed: int, how: Measuring, bar: Bar
 ) -> list[EditMetrics]:
     """The metrics of the model before any edit, one entry a request."""
-    journal = run.journal("before.jsonl")
     with bar(total=len(requests), initial=len(journal.entries), desc="before editing") as progress:
         while rest := requests[len(journal.entries) :][:_AT_ONCE]:
             for metrics in measure(editor, editor.model, rest, seed, how):
@@ -616,12 +666,6 @@ def plain(hparams: Any) -> dict[str, Any]:
     """Hyper-parameters as JSON can hold them."""
     name = hparams.model_name if isinstance(hparams.model_name, str) else hparams.model_name[0].config.name_or_path
     return json.loads(json.dumps(vars(hparams) | {"model_name": str(name)}, default=str))
-
-
-def _settings(hparams: Any) -> tuple[Any, ...]:
-    """What decides how a model is loaded."""
-    what = (getattr(hparams, key, False) for key in ("model_name", "device", "model_parallel"))
-    return (*what, str(loading_dtype(hparams)))
 
 
 def editor_of(method: Method, loaded: Any, protocol: str) -> Any:

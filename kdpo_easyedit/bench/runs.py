@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,13 @@ class RunFolder:
     def journal(self, name: str) -> Journal:
         """The journal of that name, with what it holds already."""
         return Journal(self.path / name)
+
+    def adopt(self, name: str, folder: Path) -> Journal:
+        """The journal of that name; where this run has none yet, as another run's folder has it."""
+        if not (self.path / name).exists():
+            with _whole(self.path / name) as unfinished:
+                shutil.copyfile(folder / name, unfinished)
+        return self.journal(name)
 
 
 class Journal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -140,7 +141,53 @@ class PairedTest:
     p_corrected: float
 
 
-Row = TypeVar("Row", EditMetrics, Summary, PairedTest)
+@dataclass(frozen=True)
+class Cell:
+    """An entry of a sweep's ``sweep.json``: one method on one model and one data set, and what has become of it.
+
+    Attributes:
+        model: the short name of its hyper-parameters.
+        data: a name of the sweep's own for a file of edits; ``own`` for those that come with the model.
+        protocol: :data:`SINGLE`, :data:`SEQUENTIAL`, or one of :func:`in_batches`.
+        size: how many edits; None for all.
+        order: of sequential edits; 1 is the given one.
+        overrides: hyper-parameters in the place of the YAML's.
+        state: ``waiting``, ``running``, ``done`` or ``failed``.
+        tries: how often it has been begun, by the last call of the sweep.
+        seconds: what the last try took.
+        where: on which machine and process.
+        error: the last lines of why the last try ended, where it did not end well.
+    """
+
+    model: str
+    method: str
+    data: str
+    protocol: str
+    size: int | None
+    seed: int
+    order: int = 1
+    overrides: dict[str, Any] = field(default_factory=dict)
+    state: str = "waiting"
+    tries: int = 0
+    seconds: float | None = None
+    where: str = ""
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the cell is; also its run's folder among the sweep's ``cells``."""
+        size = "all" if self.size is None else self.size
+        parts = [self.method, f"{self.data}-{size}", in_order(self.order) if self.order > 1 else self.protocol]
+        parts += [f"seed-{self.seed}", *(f"{key}={value}" for key, value in self.overrides.items())]
+        return f"{self.model}/{re.sub(r'[^A-Za-z0-9_.=+-]', '-', '_'.join(parts))}"
+
+    @property
+    def folder(self) -> str:
+        """The run's folder, within the sweep's."""
+        return f"cells/{self.name}"
+
+
+Row = TypeVar("Row", EditMetrics, Summary, PairedTest, Cell)
 
 
 def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

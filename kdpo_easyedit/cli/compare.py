@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import edit
 from .flags import add_machine, add_methods, load_methods
@@ -137,15 +136,14 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     transformers_logging.disable_progress_bar()
     # Importing the bench imports EasyEdit, which takes a moment; --help should not.
-    from ..bench import datasets
-    from ..bench.companions import companions, have_companions
+    from ..bench.companions import have_companions
+    from ..bench.datasets import Request, load_requests
+    from ..bench.inputs import check_edits, need_subject, read_inputs
     from ..bench.measuring import Measuring
     from ..bench.protocols import ablation, check, check_batches, compare, left_out
     from ..bench.schema import SEQUENTIAL, SINGLE, in_batches, in_order
     from ..easyedit.host import HostError
-    from ..method.statistics import Text
-    from ..report.charts import curve_chart, radar_chart
-    from ..report.documents import write_documents
+    from ..report.documents import document_run
     from ..report.tables import print_ablation, print_examples, print_tables
 
     started = time.perf_counter()
@@ -157,8 +155,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     methods = load_methods(names, options)
     if options.ablation:
         methods = ablation(methods[0].hparams)
-    if not options.data_dir and not main_job:
-        raise datasets.DatasetError("data_dir is missing: this model brings no edits of its own; name a benchmark file")
+    check_edits(options.hparams_dir, options.data_dir)
     if options.orders > 1 and not (options.sequential_edit or options.ablation or main_job):
         parser.error(f"--orders is {options.orders}, and single edits have no order; add --sequential_edit")
     protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if main_job else [SINGLE]
@@ -173,27 +170,25 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if options.editing_method:
             raise HostError(f"{words}; leave it out of --editing_method, or give it a run of its own with --edit_batch 1")
         console.print(f"{words}: left out there", style="dim")
-    load_requests = partial(
-        datasets.load_requests,
-        datatype=options.datatype,
-        size=options.ds_size or (None if options.data_dir or options.ablation else 20),
-        shuffle=options.seed if options.shuffle else None,
-        need_subject=any("subject" in getattr(method.hparams, "fact_token", "") for method in methods),
-    )
-    # The user's files first: what is wrong with them is told before a model is fetched or built.
-    requests = load_requests(options.data_dir) if options.data_dir else []
-    if requests:
+
+    def load(*arguments: Any) -> list[Request]:
+        requests = load_requests(*arguments)
         check_batches(protocols, len(requests))
-    stats_text, data_name = None, Path(options.data_dir or "").name
-    ability_texts: Sequence[str] = ()
-    if options.stats_text:
-        stats_text = Text(Path(options.stats_text).stem, datasets.read_passages(options.stats_text))
-    if options.ability_text:
-        ability_texts = datasets.read_passages(options.ability_text)
-    if main_job:
-        own = companions(options.hparams_dir, options.quiet)
-        requests, data_name = (requests, data_name) if requests else (load_requests(own.edits), own.name)
-        stats_text, ability_texts = stats_text or own.stats_text, ability_texts or own.ability_texts
+        return requests
+
+    inputs = read_inputs(
+        options.hparams_dir,
+        options.data_dir,
+        options.datatype,
+        options.ds_size or (None if options.data_dir or options.ablation else 20),
+        options.seed if options.shuffle else None,
+        need_subject(method.hparams for method in methods),
+        options.stats_text,
+        options.ability_text,
+        options.quiet,
+        load,
+    )
+    requests = inputs.requests
     eval_at = options.eval_at
     if options.ablation:
         requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
@@ -210,16 +205,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         eval_at=eval_at,
         quiet=options.quiet,
         overwrite=options.overwrite,
-        stats_text=stats_text,
-        data_name=data_name,
+        stats_text=inputs.stats_text,
+        data_name=inputs.data_name,
         how=Measuring(options.metrics, tuple(options.context), not options.no_fluency),
-        ability_texts=ability_texts,
+        ability_texts=inputs.ability_texts,
         **kept,
     )
-    radar_chart(comparison, folder / "radar.png")
-    if comparison.curve:
-        curve_chart(comparison.curve, folder / "curve.png")
-    page, *_ = write_documents([folder], folder, options.latex)
+    page = document_run(comparison, folder, options.latex)
     if options.ablation:
         print_ablation(comparison, console)
     else:

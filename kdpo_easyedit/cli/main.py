@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "apply": "a list of edits, each kept only where a condition holds after it",
     "export": "a file of edits as a PEFT adapter, or as the whole edited model",
     "edits": "what a file of edits holds; one edit taken out of it",
+    "sweep": "methods × models × data × seeds × orders, from one YAML",
     "report": "runs side by side, as one page",
     "statistics": "the second moments that KDPO+C, ROME and MEMIT go by, from a text",
     "benchmark": "what an edit costs",

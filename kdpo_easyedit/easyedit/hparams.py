@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from .methods import RELEASE_BEHAVIOUR, hyper_params_class
 _ALGORITHMS = {"FT-L": "FT", "FT-M": "FT", "KDPO+C": "KDPO"}
 
 
-def load_hparams(method: str, name_or_path: str | Path) -> Any:
+def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Any:
     """The hyper-parameters of any method, as EasyEdit's own class for it, from a YAML that :func:`find_hparams` finds.
+
+    Args:
+        overrides: keys whose values are these, whatever the YAML says.
 
     Raises:
         HParamsError: no such YAML, a method that this EasyEdit lacks, or a key that is unknown, missing or not for it.
@@ -33,7 +37,8 @@ def load_hparams(method: str, name_or_path: str | Path) -> Any:
     if config.get("alg_name") != algorithm:
         raise HParamsError(f"{path}: alg_name is {config.get('alg_name')!r}; allowed for {method}: {algorithm!r}")
     if cls is KDPOHyperParams:
-        return KDPOHyperParams.from_hparams(path)
+        return KDPOHyperParams.from_hparams(path, overrides)
+    config |= overrides or {}
     dtype = config.pop("dtype", None)  # a key of ours, in every method's YAML
     config = submodule("util.hparams").HyperParams.construct_float_from_scientific_notation(config)
     margins = config.get("act_margin")

@@ -57,6 +57,12 @@ def check_device(device: Any) -> None:
         raise HostError(f"device is {device!r}, which this machine does not have; try 'cpu'") from None
 
 
+def loading(hparams: Any) -> tuple[Any, ...]:
+    """What decides which model is loaded, and how."""
+    what = (getattr(hparams, key, False) for key in ("model_name", "device", "model_parallel"))
+    return (*what, str(loading_dtype(hparams)))
+
+
 def load_model(hparams: Any) -> tuple[Any, Any]:
     """The model that ``hparams.model_name`` names, in their :func:`.loading_dtype`, and its tokenizer.
 

@@ -63,6 +63,14 @@ def with_text(hparams: Any, text: Text) -> Any:
     return hparams
 
 
+def files_of(model: Any, hparams: Any) -> dict[str, Path]:
+    """Where a method's second moments are, or are to be, by the module that they are of."""
+    hparams = filled_in(hparams, model)
+    names = [hparams.rewrite_module_tmp.format(layer).removesuffix(".weight") for layer in sorted(hparams.layers)]
+    about = hparams.mom2_dataset, hparams.mom2_n_samples, hparams.mom2_dtype
+    return {name: statistics_file(Path(hparams.stats_dir), model.config.name_or_path, name, *about) for name in names}
+
+
 def prepare(model: Any, tok: Any, methods: Sequence[Any], text: Text | None = None, quiet: bool = False) -> list[Path]:
     """EasyEdit's files of the second moments that methods need, one a layer; those that are missing are made, in one pass.
 
@@ -76,12 +84,8 @@ def prepare(model: Any, tok: Any, methods: Sequence[Any], text: Text | None = No
     """
     needed: dict[tuple[Any, ...], dict[str, Path]] = {}
     for hparams in filter(needs_statistics, methods):
-        hparams = filled_in(hparams, model)
         settings = str(hparams.stats_dir), hparams.mom2_dataset, hparams.mom2_n_samples, hparams.mom2_dtype
-        for layer in sorted(hparams.layers):
-            name = hparams.rewrite_module_tmp.format(layer).removesuffix(".weight")
-            file = statistics_file(Path(settings[0]), model.config.name_or_path, name, *settings[1:])
-            needed.setdefault(settings, {})[name] = file
+        needed[settings] = needed.get(settings, {}) | files_of(model, hparams)
     try:
         for (stats_dir, dataset, samples, dtype), files in needed.items():
             if text is not None and dataset == text.dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -314,17 +314,20 @@ class KDPOHyperParams:
         return self.sequential_lr_scale if self.sequential_edit else 1
 
     @classmethod
-    def from_hparams(cls, hparams_name_or_path: str | Path) -> KDPOHyperParams:
+    def from_hparams(cls, hparams_name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> KDPOHyperParams:
         """Read a YAML: a path, with or without ``.yaml``, or the name of one that comes with the package.
 
         YAMLs of the paper's release are understood once their ``alg_name`` says KDPO.
+
+        Args:
+            overrides: keys whose values are these, whatever the YAML says.
 
         Raises:
             HParamsError: no such file; or an unknown key, a missing one, or a value that a key cannot hold.
         """
         path = find_hparams("KDPO", hparams_name_or_path)
         try:
-            config = translate_release(read_yaml(path))
+            config = translate_release(read_yaml(path)) | dict(overrides or {})
             check_keys(cls, config)
             return cls(**config)
         except HParamsError as error:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bench.protocols import Comparison
 from ..bench.runs import RunError
 from ..files import whole
+from .charts import curve_chart, radar_chart
 from .page import page
 from .results import Results, read_results
 from .tables import COLUMNS, NOTES, Cell, measured, protocol_title, remarks, significance, tables, title
@@ -41,6 +43,14 @@ def write_documents(folders: Sequence[Path], into: Path, latex: bool = False) ->
         with whole(into / name) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
     return [into / name for name in written]
+
+
+def document_run(comparison: Comparison, folder: Path, latex: bool = False) -> Path:
+    """Charts and documents of a run that is complete, in its own folder; the report, which comes last, is returned."""
+    radar_chart(comparison, folder / "radar.png")
+    if comparison.curve:
+        curve_chart(comparison.curve, folder / "curve.png")
+    return write_documents([folder], folder, latex)[0]
 
 
 def _about(result: Results) -> str:

@@ -1,0 +1,1 @@
+"""Many comparisons from one YAML, here or on a Ray cluster."""

@@ -1,0 +1,180 @@
+"""Sweeps: the YAML, cells in this process, and going on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import COSTS, same_state
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from kdpo_easyedit.bench.schema import Cell, from_json
+from kdpo_easyedit.cli.main import main
+from kdpo_easyedit.sweep.plan import read_plan
+from kdpo_easyedit.sweep.tasks import TRIES, Here, Place, Task
+
+LOCAL = ["--address", "local"]
+TWO = {"models": "world", "methods": ["KDPO", "FT"], "protocols": ["single", "sequential"], "sizes": 2}
+
+
+def write(folder: Path, **content: object) -> Path:
+    path = folder / "SWEEP.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def assert_same(folder: Path, alone: Path, cell: Cell) -> None:
+    """A cell's run is that of its method and protocol in another run, to the bit and but for the costs."""
+    for file in (f"metrics-{cell.method}-{cell.protocol}.json", "summary.json"):
+        one, other = (json.loads((there / file).read_text()) for there in (folder, alone))
+        for entry in (*one, *other):
+            entry.update(COSTS, time=0, memory=0, once=0)
+        assert one and all(entry in other for entry in one)
+    weights = f"weights-{cell.method}.safetensors"
+    assert (folder / weights).exists() == (cell.protocol == "sequential")
+    if cell.protocol == "sequential":
+        assert same_state(load_file(folder / weights), load_file(alone / weights))
+    assert (folder / "before.jsonl").read_bytes() == (alone / "before.jsonl").read_bytes()
+
+
+def test_cells_are_the_product_less_what_is_excluded(tmp_path):
+    path = write(
+        tmp_path, models=["world", "smollm2-135m"], methods=["KDPO", "FT"], protocols=["single", "sequential"], orders=[1, 2],
+        seeds=[0, 1], sizes=[3, "all"], overrides={"KDPO": {"lr": [1e-3, "3e-3"], "beta": 0.2}},
+        exclude=[{"model": "smollm2-135m", "size": "all"}, {"method": "FT", "order": 2}, {"lr": 1e-3, "seed": [1]}],
+    )  # fmt: skip
+    plan = read_plan(path)
+    cells = {cell.name: cell for cell in plan.cells}
+    assert len(cells) == len(plan.cells)  # of single edits there is one order
+    assert len(cells) == 2 * 2 * 2 * (3 * 2 + 2) - 2 * 8 - 3 * 3
+    cell = cells["world/KDPO_own-3_sequential-2_seed-1_lr=3e-3_beta=0.2"]
+    assert (cell.order, cell.seed, cell.size, cell.overrides) == (2, 1, 3, {"lr": "3e-3", "beta": 0.2})
+    hparams = plan.hparams[cell.name]
+    assert (hparams.lr, hparams.beta, hparams.model_name) == (3e-3, 0.2, "world")
+    assert "world/FT_own-all_single_seed-0" in cells and not any("smollm2" in name and "all" in name for name in cells)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"methods": ["KDPO"]}, "missing key 'models'"),
+        ({"models": "world", "methods": []}, "methods is empty"),
+        ({**TWO, "seed": 1}, "unknown key 'seed'; allowed: models"),
+        ({**TWO, "sizes": [0]}, "sizes is [0]; allowed: whole numbers, 1 or above, or all"),
+        ({**TWO, "seeds": [1, 1]}, "seeds names 1 twice"),
+        ({**TWO, "protocols": "batch"}, "protocols is 'batch'; allowed: single, sequential, batches-10"),
+        ({**TWO, "protocols": "single", "orders": [1, 2]}, "single edits have no order"),
+        ({**TWO, "overrides": {"ROME": {"lr": 1}}}, "overrides names 'ROME'; allowed: a method of methods"),
+        ({**TWO, "overrides": {"FT": {"lr": []}}}, "overrides.FT.lr is []"),
+        ({**TWO, "exclude": [{"method": "ROME"}]}, "true of no cell"),
+        ({**TWO, "exclude": [{"methods": "FT"}]}, "exclude names 'methods'; allowed: data, method, model"),
+        ({**TWO, "exclude": [{"model": "world"}]}, "exclude leaves no cell"),
+        ({**TWO, "data": {"mine": "none.json"}}, "none.json: cannot be read"),
+        ({**TWO, "data": "mine.json"}, "data is 'mine.json'; allowed: a mapping of names"),
+        ({**TWO, "models": "qwen1.5-0.5b"}, "data_dir is missing"),
+        ({**TWO, "num_gpus": 1.5}, "num_gpus is 1.5"),
+        ({**TWO, "memory": "40 gigs"}, "memory is '40 gigs'; allowed: a number of bytes, or such as 40GB"),
+        ({**TWO, "methods": ["KDPO", "MEND"]}, "MEND on world and 1 more: editing_method is 'MEND', which needs an editor"),
+        ({**TWO, "overrides": {"KDPO": {"lr": -1}}}, "lr is -1; allowed: a number above 0"),
+        ({**TWO, "overrides": {"FT": {"rank": 4}}}, "unknown key 'rank'"),
+        ({**TWO, "protocols": "batches-2"}, "KDPO on world: edit_batch is 2, and KDPO make one edit at a time"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_done(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", str(write(tmp_path, **content))]) == 2
+    assert message in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "sweep").exists()
+
+
+def test_a_dry_run_shows_the_cells_and_what_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["sweep", str(write(tmp_path, **TWO)), "--dry_run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        len(printed) == 6
+        and printed[-1] == "4 runs, into sweep"
+        and printed[1].split()[:5] == ["world", "KDPO", "own", "2", "single"]
+    )
+    assert main(["sweep", str(write(tmp_path, **TWO | {"methods": ["KDPO", "MEND"]})), "--dry_run"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.count("refused: editing_method is 'MEND'") == 2 and "MEND on world and 1 more" in printed.err
+    assert {path.name for path in tmp_path.iterdir()} == {"SWEEP.yaml"}
+
+
+def test_a_sweep_is_its_cells_run_alone(tmp_path, monkeypatch, capsys):
+    """To the bit; the model is loaded once, and measured once before any edit. Called again, it has nothing to do."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", str(write(tmp_path, **TWO)), "--quiet", *LOCAL]) == 0
+    assert "4 of 4 runs are done, 1 loads of a model for 4 cells" in capsys.readouterr().out
+    assert main(["--editing_method", "KDPO", "FT", "--ds_size", "2", "--metrics_save_dir", "alone", "--quiet"]) == 0
+    cells = from_json(Cell, json.loads(Path("sweep/sweep.json").read_text()))
+    assert [(cell.state, cell.tries) for cell in cells] == [("done", 1)] * 4
+    for cell in cells:
+        assert_same(Path("sweep") / cell.folder, Path("alone"), cell)
+    changed = {file: file.stat().st_mtime_ns for file in Path("sweep/cells").rglob("*")}
+    capsys.readouterr()
+    assert main(["sweep", "SWEEP.yaml", "--quiet", *LOCAL]) == 0
+    printed = capsys.readouterr()
+    assert "4 of 4 runs are done; " in printed.out and printed.err == ""
+    assert changed == {file: file.stat().st_mtime_ns for file in Path("sweep/cells").rglob("*")}
+
+
+def test_a_changed_sweep_is_not_mixed_with_what_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    one = {"models": "world", "methods": "KDPO", "sizes": 1, "no_fluency": True}
+    assert main(["sweep", str(write(tmp_path, **one)), "--quiet", *LOCAL]) == 0
+    assert main(["sweep", str(write(tmp_path, **one | {"no_fluency": False})), "--quiet", *LOCAL]) == 2
+    assert "holds another run: measuring.fluency is False there and True here" in capsys.readouterr().err
+    shutil.rmtree("sweep/cells")
+    cut = {**one, "methods": ["KDPO", "FT"]}
+    assert main(["sweep", str(write(tmp_path, **cut)), "--quiet", *LOCAL]) == 0
+    (before,) = Path("sweep/before").rglob("before.jsonl")
+    assert all(file.read_bytes() == before.read_bytes() for file in Path("sweep/cells").rglob("before.jsonl"))
+
+
+def fails(place: Place, times: int, tries: list[int]) -> str:
+    tries.append(1)
+    if len(tries) <= times:
+        raise ValueError(f"try {len(tries)}\nand no more")
+    return "well"
+
+
+def test_what_raises_is_tried_three_times_while_others_go_on(tmp_path):
+    workers = Here(tmp_path)
+    workers.submit(*(Task(f"{n}", fails, (n, [])) for n in (3, 1, 0)))
+    events = [(event.task.name, event.state, event.tries) for event in workers.events() if event.state != "running"]
+    assert events == [
+        ("3", "again", 1), ("1", "again", 1), ("0", "done", 1), ("3", "again", 2), ("1", "done", 2), ("3", "failed", 3),
+    ]  # fmt: skip
+    workers.submit(Task("last", fails, (9, [])))
+    *_, event = workers.events()
+    assert event.state == "failed" and event.error.endswith("ValueError: try 3\nand no more") and event.tries == TRIES
+
+
+def test_tasks_that_want_the_loaded_model_come_first(tmp_path):
+    workers = Here(tmp_path)
+    workers.submit(*(Task(f"{model}{n}", fails, (0, []), model=model) for n in (1, 2) for model in "ab"))
+    assert [event.task.name for event in workers.events() if event.state == "done"] == ["a1", "a2", "b1", "b2"]
+
+
+def test_a_cell_that_cannot_be_run_leaves_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kdpo_easyedit.sweep.work._PATIENCE", 0.1)
+    path = write(tmp_path, models="world", methods=["KDPO", "FT"], sizes=1, no_fluency=True)
+    held = tmp_path / "sweep/cells/world/KDPO_own-1_single_seed-0"
+    held.mkdir(parents=True)
+    (tmp_path / "sweep/sweep.json").write_text("[]")
+    with FileLock(held / ".lock"):
+        assert main(["sweep", str(path), "--quiet", *LOCAL]) == 1
+    printed = capsys.readouterr()
+    assert "KDPO_own-1_single_seed-0: given up after try 3" in printed.err and "1 of 2 runs are done" in printed.out
+    cells = {cell.method: cell for cell in from_json(Cell, json.loads((tmp_path / "sweep/sweep.json").read_text()))}
+    assert (cells["FT"].state, cells["KDPO"].state, cells["KDPO"].tries) == ("done", "failed", TRIES)
+    assert "could not be acquired" in cells["KDPO"].error
+    assert main(["sweep", str(path), "--quiet", *LOCAL]) == 0
+    assert "2 of 2 runs are done, 1 loads of a model for 1 cells" in capsys.readouterr().out
