@@ -22,14 +22,18 @@ class Companions:
     Attributes:
         edits: a benchmark file.
         name: what reports call the edits.
+        development: another, of edits that are in no reported table, to choose settings on.
         stats_text: for second moments; None where they are there already.
         ability_texts: for perplexity.
+        development_texts: for perplexity where settings are chosen.
     """
 
     edits: Path
     name: str
+    development: Path
     stats_text: Text | None
     ability_texts: Sequence[str]
+    development_texts: Sequence[str]
 
 
 def have_companions(hparams_name: str) -> bool:
@@ -45,7 +49,8 @@ def companions(hparams_name: str, quiet: bool = False) -> Companions:
     """
     if hparams_name in world.RECIPES:
         built = build_world(world.RECIPES[hparams_name], quiet)
-        return Companions(built.edits, "the world's own edits", None, ())
+        return Companions(built.edits, "the world's own edits", built.development, None, (), ())
     openings, held_out = (packed.wikipedia_openings(part) for part in ("statistics", "perplexity"))
     text = Text("wikipedia-openings", openings[:OPENINGS])
-    return Companions(facts.FILES["reported"], "real facts", text, held_out)
+    files, unused = facts.FILES, openings[OPENINGS : 2 * OPENINGS]
+    return Companions(files["reported"], "real facts", files["development"], text, held_out, unused)

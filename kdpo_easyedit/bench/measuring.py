@@ -32,7 +32,8 @@ class Measuring:
     Attributes:
         engine: ``"batched"``, this package's, or ``"easyedit"``, the host's own code, one prompt at a time: the same
             figures but for fluency (see :mod:`.metrics`).
-        contexts: how written answers are asked for (:mod:`..method.asking`); the first one's are those of the tables.
+        contexts: how written answers are asked for (:mod:`..method.asking`); the first one's are those of the tables. Without
+            any, nothing is written.
         fluency: whether texts are written for it, which takes longer than all else.
     """
 
@@ -113,7 +114,7 @@ def per_edit(metrics: Sequence[EditMetrics], phase: str) -> dict[str, list[float
         return [score for key, scores in getattr(entry, phase)[name].items() if key.endswith("_acc") for score in scores]
 
     def written(key: str) -> list[float | None]:
-        return [mean(getattr(entry, phase)["generated"].get(key, [])) for entry in metrics]
+        return [mean(getattr(entry, phase).get("generated", {}).get(key, [])) for entry in metrics]
 
     return {
         "edit_success": [mean(getattr(entry, phase)["rewrite_acc"]) for entry in metrics],

@@ -414,6 +414,7 @@ def _examples(metrics: Sequence[EditMetrics], n: int = 3) -> list[Example]:
             *(first_sentence(phase["generated"]["rewrite"][0]) for phase in (entry.pre, entry.post)),
         )
         for entry in metrics[:n]
+        if "generated" in entry.post
     ]
 
 

@@ -38,6 +38,7 @@ class RunFolder:
         settings: everything the run's figures follow from, as JSON can hold it.
         overwrite: start anew where there is a run already.
         about: what is only to be read, and may change from one call to the next.
+        anew: what to do, beside naming another folder, where it holds another run.
 
     Raises:
         RunError: on entering: another process is at work in the folder, it holds another run or something else, or it
@@ -45,9 +46,15 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], overwrite: bool = False, about: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        overwrite: bool = False,
+        about: Mapping[str, Any] | None = None,
+        anew: str = "start anew in this one with --overwrite",
     ) -> None:
         self.path = path
+        self.anew = anew
         self.settings = json.loads(json.dumps(settings))
         self.overwrite = overwrite
         self.about = about or {}
@@ -84,8 +91,7 @@ class RunFolder:
             found = differences(there, self.settings)
             if found and any(self.path.glob("*.jsonl")):  # else it was given up before anything was measured
                 raise RunError(
-                    f"{self.path}: the folder holds another run: {'; '.join(found)}. Name another folder, or start "
-                    "anew in this one with --overwrite"
+                    f"{self.path}: the folder holds another run: {'; '.join(found)}. Name another folder, or {self.anew}"
                 )
         self.write("run.json", {**self.settings, "about": self.about})
 

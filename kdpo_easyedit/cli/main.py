@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "edits": "what a file of edits holds; one edit taken out of it",
     "sweep": "methods × models × data × seeds × orders, from one YAML",
     "report": "runs side by side, as one page",
+    "tune": "settings for methods, chosen on development edits, with the same number of trials for each",
     "statistics": "the second moments that KDPO+C, ROME and MEMIT go by, from a text",
     "benchmark": "what an edit costs",
     "build-world": "the world that comes with the package, made again",

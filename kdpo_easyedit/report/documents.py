@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,10 @@ from ..bench.protocols import Comparison
 from ..bench.runs import RunError
 from ..files import whole
 from .charts import curve_chart, radar_chart
-from .page import page
+from .page import filled, page
 from .results import Results, read_results
+from .sweep import NOTES as SWEEP_NOTES
+from .sweep import content as sweep_content
 from .tables import COLUMNS, NOTES, Cell, measured, protocol_title, remarks, significance, tables, title
 
 _PAGE, _TEXT, _LATEX = "report.html", "summary.md", "summary.tex"
@@ -32,17 +35,28 @@ def write_documents(folders: Sequence[Path], into: Path, latex: bool = False) ->
     Raises:
         RunError: a folder holds no complete run, the runs were measured differently, or ``into`` holds something else.
     """
-    if [into.resolve()] != [folder.resolve() for folder in folders] and into.exists():
-        foreign = sorted({path.name for path in into.iterdir()} - {_PAGE, _TEXT, _LATEX}) if into.is_dir() else [into.name]
-        if foreign:
-            raise RunError(f"{into}: holds other things than reports, such as {foreign[0]}; name another --metrics_save_dir")
+    _check_empty(into, folders)
     results = read_results(folders)
     written = {_PAGE: page(results), _TEXT: markdown(results)} | ({_LATEX: latex_tables(results)} if latex else {})
-    into.mkdir(parents=True, exist_ok=True)
-    for name, text in written.items():
-        with whole(into / name) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-    return [into / name for name in written]
+    return _write(into, written)
+
+
+def write_sweep(folder: Path, into: Path) -> list[Path]:
+    """Write ``report.html`` and ``summary.md`` of a sweep, also of one that is not done.
+
+    Args:
+        folder: the sweep's.
+        into: a folder, made if need be: the sweep's own, or one that holds nothing but such documents.
+
+    Returns:
+        The files.
+
+    Raises:
+        RunError: the folder holds no sweep, or ``into`` holds something else.
+    """
+    _check_empty(into, [folder])
+    drawn = sweep_content(folder, into)
+    return _write(into, {_PAGE: filled({"sweep": drawn, "notes": SWEEP_NOTES}), _TEXT: sweep_markdown(drawn)})
 
 
 def document_run(comparison: Comparison, folder: Path, latex: bool = False) -> Path:
@@ -51,6 +65,21 @@ def document_run(comparison: Comparison, folder: Path, latex: bool = False) -> P
     if comparison.curve:
         curve_chart(comparison.curve, folder / "curve.png")
     return write_documents([folder], folder, latex)[0]
+
+
+def _check_empty(into: Path, folders: Sequence[Path]) -> None:
+    if [into.resolve()] != [folder.resolve() for folder in folders] and into.exists():
+        foreign = sorted({path.name for path in into.iterdir()} - {_PAGE, _TEXT, _LATEX}) if into.is_dir() else [into.name]
+        if foreign:
+            raise RunError(f"{into}: holds other things than reports, such as {foreign[0]}; name another --metrics_save_dir")
+
+
+def _write(into: Path, written: Mapping[str, str]) -> list[Path]:
+    into.mkdir(parents=True, exist_ok=True)
+    for name, text in written.items():
+        with whole(into / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    return [into / name for name in written]
 
 
 def _about(result: Results) -> str:
@@ -78,6 +107,38 @@ def markdown(results: Sequence[Results]) -> str:
             lines.append("")
         lines += [*_notes(result), _markdown(_about(result)), ""]
     return "\n".join(lines)
+
+
+def sweep_markdown(drawn: Mapping[str, Any]) -> str:
+    """A sweep's tables by the mean of the four measures, as GitHub's Markdown shows them."""
+    measure = next(iter(drawn["measures"]), "mean")
+    states = ", ".join(f"{number} {state}" for state, number in drawn["states"].items())
+    lines = [f"# {_markdown(drawn['name'])}", "", f"Runs: {states}.", ""]
+    for table in drawn["tables"]:
+        models = [model for model in drawn["models"] if any(model in cells for cells in table["cells"].values())]
+        ranks = table["ranks"].get(measure, {"of": {}, "comparisons": 0})
+        lines += [f"## {_markdown(table['title'])}", ""]
+        lines += [_row(["method", *map(_markdown, models), "rank"]), _row(["---", *["---:"] * (len(models) + 1)])]
+        for method, cells in table["cells"].items():
+            row = [_sweep_cell(cells.get(model), measure) for model in models]
+            lines.append(_row([_markdown(method), *row, _figure(ranks["of"].get(method))]))
+        lines += ["", f"Ranks are over {ranks['comparisons']} comparisons in which all methods are done.", ""]
+    return "\n".join([*lines, " ".join(SWEEP_NOTES), ""])
+
+
+def _sweep_cell(cell: Mapping[str, Any] | None, measure: str) -> str:
+    if cell is None:
+        return "–"
+    states = ", ".join(dict.fromkeys(run["state"] for run in cell["runs"] if run["state"] != "done"))
+    figure = cell["figures"].get(measure)
+    return " ".join(filter(None, [_figure(figure) if figure else "", f"({states})" if states else ""])) or "–"
+
+
+def _figure(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    text = f"**{figure['text']}**" if figure["best"] else figure["text"]
+    return text + (f"<br><sub>{figure['interval']}</sub>" if figure["interval"] else "")
 
 
 def _notes(result: Results) -> list[str]:

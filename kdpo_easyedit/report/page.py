@@ -27,6 +27,11 @@ def page(results: Sequence[Results]) -> str:
         "protocols": {row.protocol: protocol_title(row.protocol) for of in results for row in of.comparison.rows},
         "results": [_content(result) for result in results],
     }
+    return filled(content)
+
+
+def filled(content: Mapping[str, Any]) -> str:
+    """The template with what it is to draw: ``results``, or ``sweep``."""
     # Nothing in a text can end the element that holds it.
     data = json_text(content, separators=(",", ":"), default=float).replace("<", "\\u003c")
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")

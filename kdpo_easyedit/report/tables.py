@@ -97,7 +97,7 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
                 key: Cell(
                     getattr(row, key),
                     shown(key, getattr(row, key)),
-                    _ends(key, row.intervals.get(key, ())),
+                    ends(key, row.intervals.get(key, ())),
                     row in rows and getattr(row, key) is not None and getattr(row, key) == best[key],
                     tests.get((protocol, row.method, key)),
                 )
@@ -108,7 +108,7 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
     return made
 
 
-def _ends(key: str, interval: Sequence[float]) -> str:
+def ends(key: str, interval: Sequence[float]) -> str:
     """An interval; of percentages without decimals, which it has none to give."""
     return "–".join(shown(key, end) if key in _DECIMALS else f"{end:.0f}" for end in interval)
 

