@@ -113,7 +113,8 @@ def adapted(hparams: Any, model: Any, tok: Any, stats_dir: Path) -> Any:
     if hasattr(hparams, "layers"):
         hparams.layers = list(range(len(hparams.layers)))
     if hasattr(hparams, "inner_params"):
-        hparams.inner_params = [re.sub(r"\[\d+\]", f"[{DEPTH - 1}]", name) for name in hparams.inner_params]
+        hparams.inner_params = [re.sub(r"(\[|\.)\d+(?=\]|\.)", rf"\g<1>{DEPTH - 1}", name) for name in hparams.inner_params]
+        hparams.inner_params = sorted(set(hparams.inner_params))
     if hasattr(hparams, "v_loss_layer"):
         hparams.v_loss_layer = DEPTH - 1
     if hasattr(hparams, "stats_dir"):
@@ -167,7 +168,9 @@ def test_a_provided_yaml_makes_an_edit(path, stats_dir, tmp_path, monkeypatch):
         pytest.importorskip("peft")
     depth = LAYERS[hparams.model_name]
     assert all(layer < depth for layer in getattr(hparams, "layers", []))
-    assert all(int(layer) < depth for name in getattr(hparams, "inner_params", []) for layer in re.findall(r"\[(\d+)\]", name))
+    assert all(
+        int(layer) < depth for name in getattr(hparams, "inner_params", []) for layer in re.findall(r"[\[.](\d+)[\].]", name)
+    )
     assert getattr(hparams, "v_loss_layer", 0) < depth
     edit_and_undo(hparams, stats_dir)
 

@@ -37,5 +37,10 @@ def replace_everywhere(name: str, old: Any, new: Any) -> None:
 
 
 def is_wrapper(model: Any) -> bool:
-    """Whether a model is of one of EasyEdit's own classes, which keep edits in a layer that they put into it."""
+    """Whether a model is of a class that keeps edits beside its weights and decides at every run which are asked for."""
+    return is_layer_wrapper(model) or getattr(model, "changes_no_weights", False)
+
+
+def is_layer_wrapper(model: Any) -> bool:
+    """Whether it is one of EasyEdit's own, which keep them in a layer that they have put into the wrapped model."""
     return is_easyedit(type(model).__module__)

@@ -103,7 +103,7 @@ def filled_in(hparams: Any, model: Any) -> Any:
     for key in missing:
         name = output_layer_of(model) if key == "lm_head_module" else getattr(family, _MODULES[key])
         # Fine-tuning takes every parameter whose name has this in it: GPT-2's bias too, without the ending.
-        ending = ".weight" if key == "rewrite_module_tmp" and hparams.alg_name == "FT" else ""
+        ending = ".weight" if key == "rewrite_module_tmp" and hparams.alg_name in ("FT", "LocFT-BF") else ""
         setattr(hparams, key, name + ending)
     return hparams
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ..files import whole
 from ..method.weights import fingerprint
 from . import both, lifelong
-from .host import ALG_DICT, HostError, is_wrapper, replace_everywhere, submodule
+from .host import ALG_DICT, HostError, is_layer_wrapper, is_wrapper, replace_everywhere, submodule
 
 
 def mend() -> None:
@@ -85,6 +85,7 @@ def _mend_routing() -> None:
     def generate_fast(model: Any, *args: Any, **kwargs: Any) -> Any:
         if is_wrapper(model):
             decide_at(model, -1)  # the last of what it is given
+        if is_layer_wrapper(model):
             model = model.model  # which has a name, and edits as the wrapper does
         return sample(model, *args, **kwargs)
 

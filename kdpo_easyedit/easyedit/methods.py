@@ -18,7 +18,7 @@ import torch
 from ..method.weights import read, write
 from ..plugin import is_easyedit
 from .failures import as_it_was_on_failure, check_finite
-from .host import ALG_DICT, EDITOR_LOG, IS_RELEASE, HostError, easyeditor, is_wrapper, submodule
+from .host import ALG_DICT, EDITOR_LOG, IS_RELEASE, HostError, easyeditor, is_layer_wrapper, is_wrapper, submodule
 from .lifelong import learnt
 
 Request = dict[str, Any]
@@ -35,9 +35,12 @@ RELEASE_BEHAVIOUR = {
 # an adapter, or in whatever else the method wraps the copy in.
 _IN_WEIGHTS = (
     "KDPO", "FT", "ROME", "R-ROME", "MEMIT", "MEMIT-FE", "EMMET", "PMET", "AlphaEdit", "SPHERE", "CORE", "ULTRAEDIT",
+    "LocFT-BF",
 )  # fmt: skip
 _IN_ADAPTERS = ("LoRA", "DPO")
-_IN_WRAPPERS = ("GRACE", "WISE", "KN")
+_IN_WRAPPERS = ("GRACE", "WISE", "KN", "Retrieval")
+# Of these, what leaves the weights of the model as they are and keeps edits beside them, in a memory.
+_IN_MEMORY = ("GRACE", "WISE", "Retrieval")
 COMPARABLE = (*_IN_WEIGHTS, *_IN_ADAPTERS, *_IN_WRAPPERS)
 _PACKAGES = {"LoRA": "peft", "DPO": "peft", "KN": "einops"}
 
@@ -60,6 +63,11 @@ def edits_weights(hparams: Any) -> bool:
     return hparams.alg_name in _IN_WEIGHTS
 
 
+def changes_weights(hparams: Any) -> bool:
+    """Whether a method changes weights, its own copy's or an adapter's; others keep edits beside them, in a memory."""
+    return hparams.alg_name not in _IN_MEMORY
+
+
 def can_resume(hparams: Any) -> bool:
     """Whether a sequence that was cut off can go on from saved weights; what a wrapper holds is not saved."""
     return hparams.alg_name not in _IN_WRAPPERS
@@ -74,7 +82,7 @@ def takes_batches(hparams: Any) -> bool:
             return not IS_RELEASE
         case method:
             batchable: bool = submodule("editors.batch_editor").BatchEditor.is_batchable_method(method)
-            return batchable or method in ("SPHERE",)
+            return batchable or method in ("SPHERE", "LocFT-BF", "Retrieval")
 
 
 def adapter_weights(model: Any) -> list[str]:
@@ -121,13 +129,14 @@ def hyper_params_class(method: str) -> type:
         here, there = ("release", "GitHub main branch") if IS_RELEASE else ("GitHub main branch", "release")
         raise HostError(f"editing_method is {method!r}, which EasyEdit's {here} does not have, but its {there} does")
     wanted = method.replace("-", "").lower() + "hyperparams"
-    classes = {**vars(submodule("util.alg_dict")), "KDPOHyperParams": easyeditor.KDPOHyperParams}
+    classes = {**vars(submodule("util.alg_dict")), **vars(easyeditor)}  # ours are in the latter
     return next(cls for name, cls in classes.items() if name.replace("_", "").lower() == wanted)
 
 
 def model_to_edit(editor: Any, model: Any) -> Any:
-    """What :func:`apply_edit` may be given: the model, or a copy of an unedited one where edits are not in its weights."""
-    return copy.deepcopy(model) if model is editor.model and not edits_weights(editor.hparams) else model
+    """What :func:`apply_edit` may be given: the model, or a copy of an unedited one that the method would wrap."""
+    untouched = edits_weights(editor.hparams) or editor.hparams.alg_name == "Retrieval"
+    return model if untouched or model is not editor.model else copy.deepcopy(model)
 
 
 def apply_edit(
@@ -144,19 +153,19 @@ def apply_edit(
         Exception: whatever the method raises, or an ArithmeticError where it has left numbers that are not finite. The model
             is then as it was.
     """
-    if is_wrapper(model):
+    if is_layer_wrapper(model):
         model = model.model  # the wrapped copy, in which the method finds its layer
     asked = [request] if isinstance(request, Mapping) else request
     requests = [each | _wanted_beside(editor, model, each) for each in asked]
     hparams = editor.hparams
-    if len(requests) > 1 and hasattr(hparams, "batch_size"):
+    if len(requests) > 1 and hasattr(hparams, "batch_size") and hparams.alg_name != "LocFT-BF":  # its mini-batches'
         hparams = copy.copy(hparams)
         hparams.batch_size = len(requests)
     with as_it_was_on_failure(model, _at_risk(hparams, model)):
         for name, module in model.named_modules():
             if "lora_" in name:
                 module.train()
-        with _told_positions(model) if len(requests) > 1 else nullcontext():
+        with _told_positions(model) if len(requests) > 1 and not is_wrapper(model) else nullcontext():
             edited, originals = editor.apply_algo(
                 model,
                 editor.tok,

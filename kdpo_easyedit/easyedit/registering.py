@@ -10,7 +10,7 @@ from typing import Any
 from ..method.config import KDPOHyperParams
 from ..method.kdpo import apply_kdpo_to_model
 from ..method.preference import normalised
-from . import main, release
+from . import additions, main, release
 from .host import ALG_DICT, IS_RELEASE, BaseEditor, easyeditor
 from .loading import mend_loading
 from .measuring import mend_fluency
@@ -21,6 +21,7 @@ def register() -> None:
     ALG_DICT["KDPO"] = _apply_on_release if IS_RELEASE else apply_kdpo_to_model
     easyeditor.KDPOHyperParams = KDPOHyperParams
     easyeditor.apply_kdpo_to_model = apply_kdpo_to_model
+    additions.register()
     if not hasattr(BaseEditor, "_mended_by_kdpo"):
         BaseEditor._mended_by_kdpo = True
         mend_loading()
