@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +11,19 @@ from conftest import on_main, same_state, state
 from test_comparison import method_for
 
 from kdpo_easyedit.bench.batches import Batching, running
-from kdpo_easyedit.bench.measuring import batching_for, token_accuracy
+from kdpo_easyedit.bench.measuring import Measuring, batching_for, token_accuracy
 from kdpo_easyedit.bench.metrics import teacher_forced
+from kdpo_easyedit.bench.protocols import compare
+from kdpo_easyedit.bench.schema import SINGLE
 from kdpo_easyedit.bench.writing import write_answers
 from kdpo_easyedit.easyedit import host
 from kdpo_easyedit.easyedit import methods as algorithms
 from kdpo_easyedit.easyedit.additions import Retrieval, RetrievalHyperParams
 from kdpo_easyedit.easyedit.lifelong import learnt
 from kdpo_easyedit.method.preference import prompt_ids
+from kdpo_easyedit.report.documents import write_documents
+from kdpo_easyedit.report.results import read_results
+from kdpo_easyedit.report.tables import tables
 
 on_main_only = pytest.mark.skipif(not on_main(), reason="EasyEdit's main branch only")
 
@@ -84,6 +90,21 @@ def test_remembered_edits_change_no_weights(small_world, requests, loaded, tmp_p
     assert [edit["prompt"] for edit in model.edits] == [request["prompt"] for request in requests[:3]] and not originals
     assert model.model is editor.model and same_state(before, state(editor.model))
     assert not algorithms.changes_weights(method.hparams) and algorithms.takes_batches(method.hparams)
+
+
+def test_methods_that_change_no_weights_are_told_apart(small_world, requests, tmp_path):
+    methods = [method_for(name, small_world, tmp_path) for name in ("Retrieval", "FT")]
+    comparison = compare(methods, requests[:2], [SINGLE], tmp_path / "run", how=Measuring(fluency=False))
+    assert comparison.memories == ["Retrieval"]
+    best = replace(comparison.rows[0], locality=101.0)
+    made = tables(replace(comparison, rows=[best, comparison.rows[1]]))[SINGLE]
+    assert list(made) == ["(before)", "FT", "Retrieval"]
+    assert made["FT"]["locality"].best and not made["Retrieval"]["locality"].best
+    assert tables(replace(comparison, rows=[best]))[SINGLE]["Retrieval"]["locality"].best
+    (result,) = read_results([tmp_path / "run"])
+    assert result.comparison.memories == ["Retrieval"]
+    text, latex = (path.read_text() for path in write_documents([tmp_path / "run"], tmp_path / "run", latex=True)[1:])
+    assert "| Retrieval ‡ |" in text and "‡ changes no weights" in text and r"Retrieval $^{\ddagger}$ &" in latex
 
 
 @on_main_only

@@ -126,6 +126,7 @@ class Comparison:
         tests: one for every measure of every row but the first method's, or KDPO's where it is there.
         caveats: what has to be known of a method's figures, by method.
         left_out: of methods and protocols that do not go together, why, in words.
+        memories: the methods that change no weights, and keep edits beside them.
     """
 
     before: Summary
@@ -135,6 +136,7 @@ class Comparison:
     tests: list[PairedTest] = field(default_factory=list)
     caveats: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    memories: list[str] = field(default_factory=list)
 
 
 def compare(
@@ -203,11 +205,13 @@ def compare(
     checkpoints = settings["checkpoints"]
     caveats = {method.name: words for method in methods if (words := algorithms.caveat(method.hparams))}
     apart = left_out(methods, protocols)
+    memories = [method.name for method in methods if not algorithms.changes_weights(method.hparams)]
     about = {
         "data": data_name,
         "device": _machine(methods[0].hparams.device),
         "caveats": caveats,
         "left_out": list(apart.values()),
+        "memories": memories,
     }
     with RunFolder(folder, settings, overwrite, about) as run, algorithms.output_to(folder):
         first = _first_editor(methods[0], loaded)
@@ -222,7 +226,7 @@ def compare(
             reading = read_text(first.model, first.tok, ability_texts)
             unedited = replace(unedited, perplexity=round(reading.perplexity, 4))
         ability = Ability(ability_texts, reading) if reading else None
-        result = Comparison(unedited, [], [], [], caveats=caveats, left_out=list(apart.values()))
+        result = Comparison(unedited, [], [], [], caveats=caveats, left_out=list(apart.values()), memories=memories)
         for protocol in protocols:
             for method in methods:
                 if (method.name, protocol) in apart:

@@ -17,7 +17,7 @@ from .page import filled, page
 from .results import Results, read_results
 from .sweep import NOTES as SWEEP_NOTES
 from .sweep import content as sweep_content
-from .tables import COLUMNS, NOTES, Cell, measured, protocol_title, remarks, significance, tables, title
+from .tables import COLUMNS, NOTES, Cell, measured, protocol_title, remarks, shown_name, significance, tables, title
 
 _PAGE, _TEXT, _LATEX = "report.html", "summary.md", "summary.tex"
 
@@ -103,7 +103,9 @@ def markdown(results: Sequence[Results]) -> str:
             lines += [f"{result.comparison.before.n_edits} {protocol_title(protocol)}:", ""]
             lines += [_row(["method", *headings]), _row(["---", *(["---:"] * len(columns))])]
             for method, cells in methods.items():
-                lines.append(_row([_markdown(method), *(_markdown_cell(cells[key]) for key in columns)]))
+                lines.append(
+                    _row([_markdown(shown_name(result.comparison, method)), *(_markdown_cell(cells[key]) for key in columns)])
+                )
             lines.append("")
         lines += [*_notes(result), _markdown(_about(result)), ""]
     return "\n".join(lines)
@@ -176,7 +178,9 @@ def _latex_table(result: Results, protocol: str, methods: Mapping[str, Mapping[s
     body = []
     for method, cells in methods.items():  # intervals stand on a line of their own, or ten columns would be too wide
         intervals = (cells[key].interval for key in columns)
-        body.append(" & ".join([_latex(method), *(_latex_cell(cells[key]) for key in columns)]) + r" \\")
+        body.append(
+            " & ".join([_latex(shown_name(result.comparison, method)), *(_latex_cell(cells[key]) for key in columns)]) + r" \\"
+        )
         body.append(" & ".join(["", *(rf"{{\scriptsize {_latex(interval)}}}" for interval in intervals)]) + r" \\[2pt]")
     caption = f"{title(result)}: {result.comparison.before.n_edits} {protocol_title(protocol)}. {' '.join(_notes(result))}"
     return "\n".join(
@@ -208,9 +212,10 @@ def _latex_cell(cell: Cell) -> str:
 
 _LATEX_NAMES = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "†": r"$^{\dagger}$",
+    "‡": r"$^{\ddagger}$",
     "<": r"$<$", ">": r"$>$", "|": r"$|$", '"': "''",
 }  # fmt: skip
 
 
 def _latex(text: str) -> str:
-    return re.sub(r"[&%$#_{}]|[\\~^–†<>|\"]", lambda found: _LATEX_NAMES.get(found[0], "\\" + found[0]), text)
+    return re.sub(r"[&%$#_{}]|[\\~^–†‡<>|\"]", lambda found: _LATEX_NAMES.get(found[0], "\\" + found[0]), text)

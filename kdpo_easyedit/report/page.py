@@ -15,7 +15,7 @@ from ..bench.protocols import Comparison
 from ..bench.schema import SEQUENTIAL, EditMetrics, Metrics
 from ..files import json_text
 from .results import Results
-from .tables import COLUMNS, NOTES, Cell, protocol_title, remarks, short_name, significance, tables, title
+from .tables import COLUMNS, NOTES, Cell, protocol_title, remarks, short_name, shown_name, significance, tables, title
 
 
 def page(results: Sequence[Results]) -> str:
@@ -50,6 +50,7 @@ def _content(result: Results) -> dict[str, Any]:
         "settings": {"model": result.model, **{key: value for key, value in result.settings.items() if key != "versions"}},
         "hparams": result.hparams,
         "methods": methods,
+        "marked": {method: shown_name(comparison, method) for method in comparison.memories},
         "tables": {
             protocol: {method: {key: _cell(cells[key]) for key in COLUMNS} for method, cells in rows.items()}
             for protocol, rows in tables(comparison).items()

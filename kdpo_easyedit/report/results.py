@@ -86,6 +86,7 @@ def _read(folder: Path) -> Results:
         tests=tests,
         caveats=record["about"].get("caveats", {}),
         left_out=apart,
+        memories=record["about"].get("memories", []),
     )
     hparams = next(iter(record["methods"].values()))
     loading = {key: hparams.get(key, False) for key in ("device", "model_parallel")}
@@ -134,6 +135,7 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
         joined.traces |= {(names[method], protocol): of for (method, protocol), of in run.traces.items()}
         joined.hparams |= {names[method]: of for method, of in run.hparams.items()}
         joined.comparison.caveats |= {names[method]: words for method, words in run.comparison.caveats.items()}
+        joined.comparison.memories += [names[method] for method in run.comparison.memories]
         joined.comparison.left_out += run.comparison.left_out
         joined.easyedit += [row | {"method": names[row["method"]]} for row in run.easyedit]
     joined.comparison.tests = paired_tests({key: per_edit(metrics, "post") for key, metrics in joined.metrics.items()})

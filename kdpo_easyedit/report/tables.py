@@ -31,6 +31,7 @@ LESS_IS_BETTER = (*COSTS, "once_seconds", "perplexity", "divergence")
 _DECIMALS = {"fluency": 2, "seconds_per_edit": 2, "once_seconds": 2, "perplexity": 2, "divergence": 3}
 _SIGNIFICANT = 0.05
 _MARK = "†"
+_MEMORY_MARK = "‡"
 #: The columns of a table with two lines of headings each.
 COLUMNS = {
     "edit_success": ("edit success", "forced"),
@@ -68,7 +69,7 @@ class Cell:
 
     Attributes:
         interval: its 95 % confidence interval, where there is one.
-        best: whether no method of the table has a better one.
+        best: whether no method of the table that changes weights has a better one.
         test: against the reference method, where it was tested.
     """
 
@@ -85,20 +86,25 @@ class Cell:
 
 
 def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
-    """By protocol and method, the unedited model's included, the cell of every measure and cost."""
+    """By protocol and method, the unedited model's included, the cell of every measure and cost.
+
+    Methods that change no weights come last, and are held against one another only where there are no others.
+    """
     keys = tuple(dict.fromkeys((*MEASURES, *COLUMNS)))
     tests = {(test.protocol, test.method, test.measure): test for test in comparison.tests}
     made = {}
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
         rows = [row for row in comparison.rows if row.protocol == protocol]
-        best = {key: _best(rows, key) for key in keys}
+        rows.sort(key=lambda row: row.method in comparison.memories)
+        ranked = [row for row in rows if row.method not in comparison.memories] or rows
+        best = {key: _best(ranked, key) for key in keys}
         made[protocol] = {
             row.method: {
                 key: Cell(
                     getattr(row, key),
                     shown(key, getattr(row, key)),
                     ends(key, row.intervals.get(key, ())),
-                    row in rows and getattr(row, key) is not None and getattr(row, key) == best[key],
+                    row in ranked and getattr(row, key) is not None and getattr(row, key) == best[key],
                     tests.get((protocol, row.method, key)),
                 )
                 for key in keys
@@ -111,6 +117,11 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
 def ends(key: str, interval: Sequence[float]) -> str:
     """An interval; of percentages without decimals, which it has none to give."""
     return "–".join(shown(key, end) if key in _DECIMALS else f"{end:.0f}" for end in interval)
+
+
+def shown_name(comparison: Comparison, method: str) -> str:
+    """A method's name in tables: marked where it changes no weights."""
+    return f"{method} {_MEMORY_MARK}" if method in comparison.memories else method
 
 
 def protocol_title(protocol: str) -> str:
@@ -184,6 +195,10 @@ def remarks(comparison: Comparison) -> list[str]:
     ]
     found += [f"{method}: {words}." for method, words in comparison.caveats.items()]
     found += [f"{words}." for words in comparison.left_out]
+    if comparison.memories:
+        found.append(
+            f"{_MEMORY_MARK} changes no weights, and keeps edits in a memory beside them; in bold the best of the others."
+        )
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
         words = flips([row for row in comparison.rows if row.protocol == protocol])
         found += [f"{protocol}: {sentence}" for sentence in words]
@@ -255,7 +270,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
                 generated = cells[_GENERATED[key]].value if key in _GENERATED else None
                 brackets = "" if generated is None else f" ({generated:.0f})"
                 row.append(Text(f"{cell.text}{cell.mark}{brackets}", style="bold" if cell.best else ""))
-            table.add_row(method, *row, style="dim" if method == comparison.before.method else "")
+            table.add_row(shown_name(comparison, method), *row, style="dim" if method == comparison.before.method else "")
         console.print(table)
     notes = [
         "in percent by teacher forcing; in brackets, how often the model writes it",
