@@ -16,7 +16,7 @@ from scipy.stats import rankdata, t
 
 from ..bench.measuring import per_edit
 from ..bench.runs import RunError
-from ..bench.schema import FOUR, MEASURES, SINGLE, Cell, EditMetrics, Summary, from_json
+from ..bench.schema import FOUR, MEASURES, Cell, EditMetrics, Summary, from_json
 from ..bench.significance import joint_interval, mean_interval, share_interval
 from .tables import COLUMNS, LESS_IS_BETTER, ends, protocol_title, shown
 
@@ -25,7 +25,7 @@ STATE = "sweep.json"
 #: What has to be said of the figures.
 NOTES = (
     "A figure is the mean over a method's runs on a model, with its 95 % interval over the edits: an edit's figure is its mean "
-    "over the runs. runs: the least and the most of several. The best of a model in bold.",
+    "over the runs. runs: the least and the most, where they differ. The best of a model in bold.",
     "Rank 1 is the best; equal figures share a rank. A method's rank is its mean over models, data and orders, and then over "
     "seeds, with a 95 % interval by Student's t over the seeds, where there are several.",
     "In percent, teacher-forced, but for what says otherwise; the mean is that of edit success, generalization, portability "
@@ -191,7 +191,7 @@ def content(folder: Path, into: Path) -> dict[str, Any]:
         "versions": record["versions"],
         "seeds": sorted({run.cell.seed for run in runs}),
         "states": {state: states[state] for state in ("done", "running", "waiting", "failed") if states[state]},
-        "measures": {key: ", ".join(filter(None, COLUMNS[key])) for key in measures},
+        "measures": {key: _label(key) for key in measures},
         "methods": methods,
         "models": list(dict.fromkeys(run.cell.model for run in runs)),
         "overall": {key: _ranks(runs, key) for key in measures} if len(tables) > 1 else {},
@@ -202,6 +202,11 @@ def content(folder: Path, into: Path) -> dict[str, Any]:
             if run.cell.state == "failed"
         ],
     }
+
+
+def _label(measure: str) -> str:
+    heading, unit = COLUMNS[measure]
+    return f"{heading} {unit}" if measure == "mean" else ", ".join(filter(None, (heading, unit)))
 
 
 def _table(folder: Path, into: Path, runs: Sequence[Run], measures: Sequence[str]) -> dict[str, Any]:
@@ -221,7 +226,6 @@ def _table(folder: Path, into: Path, runs: Sequence[Run], measures: Sequence[str
                 figure["best"] = figure["value"] == best
     return {
         "title": f"{'The models’ own edits' if data == 'own' else data}: {edits} {protocol_title(protocol)}",
-        "single": protocol == SINGLE,
         "cells": cells,
         "ranks": {key: _ranks(runs, key) for key in measures},
     }
@@ -235,21 +239,22 @@ def _group(folder: Path, into: Path, runs: Sequence[Run], measures: Sequence[str
         value, interval = figure(folder, runs, key)
         if value is not None:
             values = [of for run in runs if run.row is not None and (of := getattr(run.row, key)) is not None]
+            least, most = shown(key, min(values)), shown(key, max(values))
             figures[key] = {
                 "value": value,
                 "text": shown(key, value),
                 "interval": ends(key, interval),
-                "spread": f"{shown(key, min(values))}–{shown(key, max(values))}" if several else "",
+                "spread": f"{least}–{most}" if several and least != most else "",
             }
-    return {"figures": figures, "runs": [_run(folder, into, run, len(runs)) for run in runs]}
+    return {"figures": figures, "runs": [_run(folder, into, run) for run in runs]}
 
 
-def _run(folder: Path, into: Path, run: Run, of: int) -> dict[str, Any]:
+def _run(folder: Path, into: Path, run: Run) -> dict[str, Any]:
     cell = run.cell
-    label = f"seed {cell.seed}" + (f", order {cell.order}" if cell.order > 1 else "")
+    label = f"{cell.seed}" + (f", order {cell.order}" if cell.order > 1 else "")
     there = Path(os.path.relpath((folder / cell.folder / "report.html").resolve(), into.resolve()))
     link = quote(there.as_posix()) if cell.state == "done" else None
-    return {"label": label, "state": cell.state, "link": link, "error": cell.error}
+    return {"seed": label, "state": cell.state, "link": link, "error": cell.error}
 
 
 def _ranks(runs: Sequence[Run], measure: str) -> dict[str, Any]:
