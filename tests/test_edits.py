@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import kdpo_easyedit
 from kdpo_easyedit import EditsError, apply_edits, apply_kdpo_to_model, edits_applied, execute_kdpo, revert_edits, save_edits
+from kdpo_easyedit.bench.writing import write_answers
 from kdpo_easyedit.cli.main import main
 from kdpo_easyedit.edits import read_header, remove_edit
 from kdpo_easyedit.edits.factors import bits
-from kdpo_easyedit.method.kdpo_c import SteepestDescent
+from kdpo_easyedit.edits.file import read_changes
 
 W = "transformer.h.3.mlp.c_proj.weight"
 
@@ -221,19 +222,12 @@ def test_an_edit_on_top_of_a_file_follows_it(file, small_world, loaded, requests
 
 
 @pytest.fixture
-def one_by_one(fresh, requests, aware, tmp_path, monkeypatch):
+def one_by_one(fresh, requests, aware, tmp_path):
     """Four edits by KDPO+C, each in its own change, in a file; the model has them. With the weight as it was."""
     model, tok = fresh
-    changes = []
-    result = SteepestDescent.result
-
-    def recorded(self):
-        # A Conv1D's weight is [in, out].
-        changes.append({name: (its.basis.T, its.coefficients) for name, its in self.weights.items() if its.keys is not None})
-        return result(self)
-
-    monkeypatch.setattr(SteepestDescent, "result", recorded)
-    _, originals = apply_kdpo_to_model(model, tok, requests[:4], aware, return_orig_weights=True)
+    traces = []
+    _, originals = apply_kdpo_to_model(model, tok, requests[:4], aware, return_orig_weights=True, traces=traces)
+    changes = [trace.factors for trace in traces]
     path = tmp_path / "four.safetensors"
     save_edits(path, model, originals, requests[:4], aware, changes=changes)
     return path, originals[W], changes
@@ -316,6 +310,28 @@ def test_changes_that_are_not_the_edits_are_refused(tmp_path):
         with pytest.raises(EditsError, match=message):
             save_edits(tmp_path / "x", layer, before, [request], changes=changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_edits_that_had_nothing_to_change_are_kept_one_by_one_too(fresh, requests, aware, tmp_path):
+    """The model says the first answer already, so that its edit has no factors; the file goes on with the next."""
+    model, tok = fresh
+    known = {**requests[0], "target_new": write_answers(model, tok, [requests[0]["prompt"]], [""])[0].text.removesuffix(".")}
+    path, traces = tmp_path / "none.safetensors", []
+    before = state(model)
+    _, originals = apply_kdpo_to_model(model, tok, [known], aware, return_orig_weights=True, traces=traces)
+    assert same_state(before, state(model)) and traces[0].factors == {}
+    save_edits(path, model, originals, [known], aware, changes=[{}])
+    assert read_changes(path) == [{}] and read_header(path)["format"] == 2
+    apply_edits(model, path)
+    apply_kdpo_to_model(model, tok, requests[1:2], aware, traces=traces)
+    save_edits(path, model, originals, [known, requests[1]], aware, changes=[*read_changes(path), traces[1].factors])
+    edited = state(model)
+    revert_edits(model, path)
+    assert same_state(before, state(model))
+    with edits_applied(model, path):
+        assert same_state(edited, state(model))
+    remove_edit(path, 2, model)
+    assert read_header(path)["requests"][0]["target_new"] == known["target_new"] and read_changes(path) == [{}]
 
 
 def test_some_of_the_edits_for_a_block(one_by_one, fresh, requests, file):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import random
 import signal
@@ -19,12 +20,14 @@ from conftest import COSTS, ROOT, same_state
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpo_easyedit import apply_edits
+from kdpo_easyedit import apply_edits, edits_applied, revert_edits
 from kdpo_easyedit.bench import datasets, protocols, schema
 from kdpo_easyedit.bench.runs import Journal, RunError, RunFolder
 from kdpo_easyedit.cli.main import main
 from kdpo_easyedit.easyedit.hparams import load_hparams
 from kdpo_easyedit.edits import read_header
+from kdpo_easyedit.edits.base import says
+from kdpo_easyedit.edits.file import read_changes
 
 METHODS = ("KDPO", "FT", "ROME", "MEMIT")
 N = 12
@@ -262,6 +265,49 @@ def test_another_command_in_the_folder_is_refused_unless_told_to_overwrite(setti
     assert (tmp_path / "run" / "weights-KDPO.safetensors").read_bytes() == weights
     status, errors = run("--seed", "1", "--overwrite")
     assert status == 0 and "KDPO, sequential edits" in errors
+
+
+def test_a_comparison_keeps_the_factors_of_every_edit_also_where_it_was_stopped(aware, requests, tmp_path, monkeypatch, caplog):
+    """KDPO+C's edits of a sequence, one by one; begun without --save_edits, as one change, and a line says so."""
+    monkeypatch.setattr(logging.getLogger("kdpo_easyedit"), "handlers", [caplog.handler])  # a run has the root logger's own
+    model, tok = (cls.from_pretrained(aware.model_name) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    settings = {"requests": requests[:5], "protocols": [schema.SEQUENTIAL], "eval_at": [3], "quiet": True}
+
+    def run(folder, **more):
+        protocols.compare([protocols.Method("KDPO+C", aware)], folder=tmp_path / folder, **settings, **more)
+
+    run("whole", save_edits=tmp_path / "whole.safetensors")
+    header = read_header(tmp_path / "whole.safetensors")
+    assert header["format"] == 2 and len(header["requests"]) == 5
+    apply_edits(model, tmp_path / "whole.safetensors")
+    (name,) = header["weights"]
+    assert torch.equal(model.get_parameter(name), load_file(tmp_path / "whole" / "weights-KDPO+C.safetensors")[name])
+    revert_edits(model, tmp_path / "whole.safetensors")
+    with edits_applied(model, tmp_path / "whole.safetensors", only=[4]):
+        assert says(model, tok, requests[3])
+    assert not says(model, tok, requests[3])
+
+    original = protocols.timed_edit
+    for begun in ("parts.safetensors", None):  # stopped at the fourth edit
+        calls = []
+
+        def stopped(*given, calls=calls):
+            calls.append(given)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return original(*given)
+
+        monkeypatch.setattr(protocols, "timed_edit", stopped)
+        folder = "parts" if begun else "late"
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, save_edits=begun and tmp_path / begun)
+        monkeypatch.setattr(protocols, "timed_edit", original)
+        run(folder, save_edits=tmp_path / f"{folder}.safetensors")
+        found = read_header(tmp_path / f"{folder}.safetensors")
+        assert found["weights"] == header["weights"] and found["format"] == (2 if begun else 1)
+        assert ("keeps its edits as one change: the first 3" in caplog.text) == (begun is None)
+    for one, other in zip(*(read_changes(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))):
+        assert all(torch.equal(a, b) for a, b in zip(one[name], other[name]))
 
 
 def test_the_edits_and_the_model_are_kept(settings, small_world, tmp_path):

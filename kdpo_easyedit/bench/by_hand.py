@@ -14,6 +14,7 @@ from ..easyedit import methods as algorithms
 from ..easyedit.loading import in_place
 from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
+from ..edits.file import one_by_one
 from ..method.statistics import Text
 from .datasets import DatasetError, Request, flat
 from .measuring import batching_for, check_length, target_probability
@@ -97,7 +98,8 @@ def edit_by_hand(
             try:
                 found.append(said(edit.model, method.name, edit.seconds, edit.traces[0]))
                 if save_edits:
-                    write_edits(save_edits, edit.model, edit.originals, [request], plain(editor.hparams))
+                    changes = edit.factors if one_by_one(edit.model, editor.hparams) else None
+                    write_edits(save_edits, edit.model, edit.originals, [request], plain(editor.hparams), changes=changes)
             finally:
                 algorithms.undo_edits(editor, edit.originals)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import math
 import platform
 import random
@@ -34,6 +35,8 @@ from ..easyedit.loading import check_device, in_place, loading
 from ..easyedit.measuring import own_summary
 from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
+from ..edits.factors import Factors, from_tensors, to_tensors
+from ..edits.file import one_by_one
 from ..method import kdpo_c
 from ..method.config import HParamsError, KDPOHyperParams
 from ..method.contexts import contexts as own_contexts
@@ -72,6 +75,8 @@ from .schema import (
 )
 from .significance import paired_tests
 from .versions import versions
+
+LOG = logging.getLogger(__name__)
 
 Bar = Callable[..., Any]
 
@@ -429,7 +434,7 @@ _AT_ONCE = 32
 # The edited weights are on disk at every checkpoint, and after this many edits or seconds.
 _SAVE_EDITS, _SAVE_SECONDS = 25, 60
 # Before the names of what is saved with them that is no weight of the model's.
-_REMEMBERED, _PROTECTED = "remembered:", "protected:"
+_REMEMBERED, _PROTECTED, _CHANGED = "remembered:", "protected:", "changed:"
 
 
 def _edit_in_sequence(
@@ -460,10 +465,18 @@ def _edit_in_sequence(
     complete = not resumes and (run.path / f"metrics-{name}-{protocol}.json").exists()
     finished = len(before) if complete else notes.get("edits", 0)
     journal.cut(finished)
-    remembered, protected = (
+    remembered, protected, changed = (
         {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
-        for prefix in (_REMEMBERED, _PROTECTED)
+        for prefix in (_REMEMBERED, _PROTECTED, _CHANGED)
     )
+    changes: list[Mapping[str, Factors]] | None = None
+    if save_edits and one_by_one(editor.model, editor.hparams):
+        changes = list(from_tensors(changed, weights, finished))
+        if finished and not any(changes):
+            changes = None
+            LOG.warning(
+                "%s keeps its edits as one change: the first %d were made before there was a --save_edits", save_edits, finished
+            )
     edited, originals, rows = editor.model, {}, []
     if weights and not in_weights:  # any edit makes the adapter that the saved weights belong in
         edited = timed_edit(editor, editor.model, before[0].requested_rewrite, seed).model
@@ -483,6 +496,8 @@ def _edit_in_sequence(
                     asked = [entry.requested_rewrite for entry in batch]
                     edit = _tried(editor, edited, asked if size > 1 else asked[0], seed + len(journal.entries))
                     edited, originals = edit.model, edit.originals | originals
+                    if changes is not None:
+                        changes += edit.factors
                     norms = _norms(edited, originals)
                     for trace in edit.traces:
                         journal.append({"time": edit.seconds, **trace, **norms})
@@ -496,6 +511,7 @@ def _edit_in_sequence(
                         saved = read(edited, names)
                         saved |= {_REMEMBERED + key: tensor for key, tensor in tensors.items()}
                         saved |= {_PROTECTED + key: rows_of for key, rows_of in kdpo_c.protected_keys(edited).items()}
+                        saved |= {_CHANGED + key: factor for key, factor in to_tensors(changes or ()).items()}
                         run.write_weights(kept, saved, {"edits": made, "contexts": contexts})
                         finished, saved_at = made, time.monotonic()
 
@@ -519,7 +535,7 @@ def _edit_in_sequence(
                 rows.append(replace(summarise(name, protocol, metrics, "post"), **reading))
         if save_edits:
             requests = [entry.requested_rewrite for entry in before]
-            write_edits(save_edits, edited, originals, requests, plain(editor.hparams))
+            write_edits(save_edits, edited, originals, requests, plain(editor.hparams), changes=changes)
         if save_model:
             _save_model(edited, save_model)
     finally:
@@ -571,12 +587,14 @@ class Edit:
         originals: the changed weights as they were.
         seconds: that an edit took, of a batch's its share; None where it could not be made.
         traces: what the method tells of each.
+        factors: of KDPO+C, what each has added to the weights (:attr:`kdpo_easyedit.EditTrace.factors`).
     """
 
     model: Any
     originals: dict[str, torch.Tensor]
     seconds: float | None
     traces: list[dict[str, Any]]
+    factors: Sequence[Mapping[str, Factors]] = ({},)
 
 
 def _tried(editor: Any, model: Any, request: Request | Sequence[Request], seed: int) -> Edit:
@@ -592,7 +610,7 @@ def _tried(editor: Any, model: Any, request: Request | Sequence[Request], seed: 
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         which = f"{requests[0]['prompt']!r}" + (f" and {len(requests) - 1} more" if len(requests) > 1 else "")
         tqdm.write(f"{editor.hparams.alg_name} could not edit {which}: {reason}", file=sys.__stderr__)
-        return Edit(model, {}, None, [{"error": reason}] * len(requests))
+        return Edit(model, {}, None, [{"error": reason}] * len(requests), [{}] * len(requests))
 
 
 def timed_edit(editor: Any, model: Any, request: Request | Sequence[Request], seed: int) -> Edit:
@@ -619,7 +637,7 @@ def timed_edit(editor: Any, model: Any, request: Request | Sequence[Request], se
         else:
             entry["final_token_accuracy"] = token_accuracy(edited, editor.tok, each)
         of_each.append(entry)
-    return Edit(edited, originals, seconds / len(requests), of_each)
+    return Edit(edited, originals, seconds / len(requests), of_each, [trace.factors for trace in traces] or [{}])
 
 
 def _compare_rows(run: RunFolder, rows: Sequence[Summary]) -> list[PairedTest]:

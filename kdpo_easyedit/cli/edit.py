@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .flags import add_machine, add_methods, load_methods
+from .flags import add_machine, add_methods, load_methods, own_text
 
 DESCRIPTION = "Makes one edit, shows what the model says before and after it, and takes it back."
 PROMPTS = ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "subject")
@@ -38,10 +38,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     transformers_logging.disable_progress_bar()
     from ..bench.by_hand import check_record, edit_by_hand
-    from ..bench.companions import companions, have_companions
     from ..bench.protocols import check
     from ..bench.schema import SEQUENTIAL, SINGLE
-    from ..easyedit.statistics import needs_statistics
     from ..report.by_hand import print_by_hand
 
     methods = load_methods(options.editing_method or ["KDPO"], options)
@@ -49,9 +47,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     record = {flag: getattr(options, flag) for flag in PROMPTS if getattr(options, flag) is not None}
     check(methods, [SEQUENTIAL if save_edits else SINGLE], save_edits)
     check_record(methods, record)
-    own = have_companions(options.hparams_dir) and any(needs_statistics(method.hparams) for method in methods)
-    stats_text = companions(options.hparams_dir, options.quiet).stats_text if own else None
-    found = edit_by_hand(methods, record, options.seed, save_edits, stats_text)
+    found = edit_by_hand(methods, record, options.seed, save_edits, own_text(methods, options))
     console = Console(markup=False, highlight=False)
     print_by_hand(record, found, console)
     if save_edits:

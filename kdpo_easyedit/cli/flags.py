@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..bench.protocols import Method
+    from ..method.statistics import Text
 
 #: What a model can be loaded in.
 DTYPES = ("bfloat16", "float16", "float32")
@@ -31,6 +32,17 @@ def add_methods(group: argparse._ArgumentGroup, default: str) -> None:
     )
 
 
+def add_context(group: argparse._ActionsContainer) -> None:
+    """How prompts are put to the model."""
+    group.add_argument(
+        "--context",
+        choices=("plain", "qa", "chat"),
+        default="plain",
+        help="how prompts are put to the model, all of them: as they are, as questions, or through its chat template, with the "
+        "answer in the assistant's turn (default: plain)",
+    )
+
+
 def add_machine(group: argparse._ArgumentGroup) -> None:
     """Where it runs, and how."""
     group.add_argument(
@@ -44,6 +56,15 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="of all sampling (default: 0)")
     group.add_argument("--quiet", action="store_true", help="no progress bars, for logs")
+
+
+def own_text(methods: Sequence[Method], options: argparse.Namespace) -> Text | None:
+    """The text that comes with a model, for the second moments that some of the methods go by; None where there is none."""
+    from ..bench.companions import companions, have_companions
+    from ..easyedit.statistics import needs_statistics
+
+    needed = have_companions(options.hparams_dir) and any(needs_statistics(method.hparams) for method in methods)
+    return companions(options.hparams_dir, options.quiet).stats_text if needed else None
 
 
 def load_methods(names: Sequence[str], options: argparse.Namespace) -> list[Method]:

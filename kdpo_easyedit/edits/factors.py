@@ -11,7 +11,7 @@ weight as it was (``lost``), chiefly where W has moved into a coarser binade.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,26 @@ def added(weight: Tensor, factors: Factors, sign: int = 1) -> Tensor:
             change.addcmul_(column.unsqueeze(1), row)
         result[rows] = weight[rows].double().add_(change, alpha=sign)
     return result
+
+
+def to_tensors(changes: Sequence[Mapping[str, Factors]]) -> dict[str, Tensor]:
+    """The changes of edits, by the names of the weights, as tensors with names: ``N:W:left`` and ``N:W:right``, N from 1."""
+    sides = ("left", "right")
+    return {
+        f"{number}:{name}:{side}": factor
+        for number, its in enumerate(changes, 1)
+        for name, pair in its.items()
+        for side, factor in zip(sides, pair)
+    }
+
+
+def from_tensors(tensors: Mapping[str, Tensor], names: Iterable[str], edits: int) -> list[dict[str, Factors]]:
+    """What :func:`to_tensors` was given."""
+    names = list(names)
+    return [
+        {name: (tensors[left], tensors[f"{n}:{name}:right"]) for name in names if (left := f"{n}:{name}:left") in tensors}
+        for n in range(1, edits + 1)
+    ]
 
 
 def spectrum(change: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,9 +138,11 @@ class Changes:
             return self.made.added_to(_with(before, self.factors))
         return _with(before, [pair for number, pair in enumerate(self.factors, 1) if number in only])
 
-    def sum(self) -> Tensor:
-        """Σ Δ, float64."""
+    def sum(self, weight: Tensor) -> Tensor:
+        """Σ Δ of a weight, float64, on the CPU."""
         pairs = [pair for pair in self.factors if pair]
+        if not pairs:
+            return torch.zeros(weight.shape, dtype=torch.float64)
         left, right = torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs])
         return left.double() @ right.double()
 

@@ -21,10 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..files import whole
+from ..method.config import KDPOHyperParams
 from ..method.weights import Weights, fingerprint, note_edit, read, write
-from .factors import Changes, Factors, Residual, bits
+from .factors import Changes, Factors, Residual, bits, from_tensors, to_tensors
 
 LOG = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ _SAMPLE = 4096
 
 class EditsError(ValueError):
     """A file of edits that cannot be used on this model; the message says why."""
+
+
+def one_by_one(model: PreTrainedModel, hparams: Any) -> bool:
+    """Whether a method's edits of a model can be kept one by one: KDPO+C's, which add up where no rounding takes much away."""
+    return isinstance(hparams, KDPOHyperParams) and hparams.mom2_adjustment and model.dtype == torch.float32
 
 
 def save_edits(
@@ -61,8 +68,8 @@ def save_edits(
         hparams: how they were made: a dataclass or a mapping.
         license: under which the file may be used.
         changes: of every request, what it added to the weights, by name: float32 ``[rows, r]`` and ``[r, columns]``, whose
-            product is the change as the model stores the weight. They are then kept one by one, and take the room of their
-            rank.
+            product is the change as the model stores the weight: of KDPO+C, its trace's ``factors``. They are then kept one by
+            one, and take the room of their rank.
 
     Raises:
         EditsError: there are no originals, without which nothing can be taken back; a weight is not finite; or the changes are
@@ -164,7 +171,9 @@ def changes_made(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     edits = _load(path)
     weights = _weights(model, edits, "before")
     return {
-        name: edits.changes[name].sum() if name in edits.changes else edits.after(name, weight).double() - weight.cpu().double()
+        name: edits.changes[name].sum(weight)
+        if name in edits.changes
+        else edits.after(name, weight).double() - weight.cpu().double()
         for name, weight in weights.items()
     }
 
@@ -225,11 +234,12 @@ class _Edits:
     differences: dict[str, Tensor]
     changes: dict[str, Changes]
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """A weight's; None where no edit has changed it, and the file does not tell."""
         if name in self.differences:
             return tuple(self.differences[name].shape)
-        left, right = next(pair for pair in self.changes[name].factors if pair)
-        return len(left), right.shape[1]
+        pair = next((pair for pair in self.changes[name].factors if pair), None)
+        return pair and (len(pair[0]), pair[1].shape[1])
 
     def after(self, name: str, weight: Tensor, only: Collection[int] | None = None) -> Tensor:
         if name in self.changes:
@@ -315,9 +325,11 @@ def _weights(model: nn.Module, edits: _Edits, expected: str, cast: bool = False)
         about = header["weights"][name]
         there, here = about["dtype"], str(weight.dtype)
         copies = about.get("copies", {}) if expected == "before" else {}
-        if edits.shape(name) != tuple(weight.shape) or (there != here and here not in copies):
-            shape, own = list(edits.shape(name)), list(weight.shape)
-            raise EditsError(f"{path}: {name} was {there} {shape} when the edits were made, and is {here} {own} here")
+        shape, own = edits.shape(name) or tuple(weight.shape), tuple(weight.shape)
+        if shape != own or (there != here and here not in copies):
+            raise EditsError(
+                f"{path}: {name} was {there} {list(shape)} when the edits were made, and is {here} {list(own)} here"
+            )
         own_print = fingerprint(weight)
         if there != here and own_print == copies[here]:
             if not cast:
@@ -397,11 +409,10 @@ def _checked(
 
 def _tensors(changes: Mapping[str, Changes]) -> dict[str, Tensor]:
     """Changes as the tensors of a file."""
-    tensors = {}
+    edits = len(next(iter(changes.values())).factors)
+    of_each = [{name: pair for name, its in changes.items() if (pair := its.factors[n])} for n in range(edits)]
+    tensors = to_tensors(of_each)
     for name, its in changes.items():
-        for number, pair in enumerate(its.factors, 1):
-            if pair:
-                tensors[f"{number}:{name}:left"], tensors[f"{number}:{name}:right"] = pair
         for key, residual in (("made", its.made), ("lost", its.lost)):
             tensors[f"{key}:{name}:gaps"], tensors[f"{key}:{name}:by"] = residual.gaps, residual.by
     return tensors
@@ -438,10 +449,10 @@ def _load(path: str | Path) -> _Edits:
         if header.get("format", 1) == 1:
             return _Edits(path, header, {name: file.get_tensor(name) for name in header["weights"]}, {})
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return _Edits(path, header, {}, {name: _changes(name, tensors, len(header["requests"])) for name in header["weights"]})
+        of_each = from_tensors(tensors, header["weights"], len(header["requests"]))
+        return _Edits(path, header, {}, {name: _changes(name, of_each, tensors) for name in header["weights"]})
 
 
-def _changes(name: str, tensors: Mapping[str, Tensor], edits: int) -> Changes:
-    pairs = [(tensors.get(f"{number}:{name}:left"), tensors.get(f"{number}:{name}:right")) for number in range(1, edits + 1)]
+def _changes(name: str, of_each: Sequence[Mapping[str, Factors]], tensors: Mapping[str, Tensor]) -> Changes:
     made, lost = (Residual(tensors[f"{key}:{name}:gaps"], tensors[f"{key}:{name}:by"]) for key in ("made", "lost"))
-    return Changes([(left, right) if left is not None and right is not None else None for left, right in pairs], made, lost)
+    return Changes([its.get(name) for its in of_each], made, lost)

@@ -87,16 +87,17 @@ class Regression:
         texts: of every prompt its tokens and the unedited model's answer: int64 ``[1, L]``, and the number of the prompt's.
     """
 
-    def __init__(self, model: PreTrainedModel, tok: Any, prompts: Sequence[str]) -> None:
-        """From an unedited model.
+    def __init__(self, model: PreTrainedModel, tok: Any, prompts: Sequence[str], context: str = "plain") -> None:
+        """From an unedited model, which is given the prompts in one of :data:`.asking.CONTEXTS`.
 
         Raises:
             EditsError: a prompt without a token.
+            ContextError: as :func:`.asking.asked`.
         """
         self.texts = []
         device = runs_on(model.get_input_embeddings())
         for prompt in prompts:
-            ids = torch.tensor([prompt_ids(tok, prompt)], device=device)
+            ids = torch.tensor([prompt_ids(tok, prompt, context)], device=device)
             if not ids.shape[1]:
                 raise EditsError(f"a regression prompt is {prompt!r}, which has no token")
             written = model.generate(  # type: ignore[operator]
