@@ -14,6 +14,7 @@ import torch
 from ..easyedit import host
 from ..easyedit.main import decide_at
 from ..easyedit.measuring import edit_quality
+from ..method.asking import context_of
 from ..method.preference import edit_tokens, teacher_forced_negatives
 from .answers import answers, exact
 from .batches import Batching
@@ -178,7 +179,10 @@ def token_accuracy(model: Any, tok: Any, request: Request) -> float:
 
 
 def target_probability(model: Any, tok: Any, request: Request) -> float:
-    """How likely the model is to say the whole target: the product of its tokens' probabilities under teacher forcing."""
+    """How likely the model is to say the whole target: the product of its tokens' probabilities under teacher forcing.
+
+    The prompt is put as the request's ``context`` says (:mod:`kdpo_easyedit.method.asking`).
+    """
     logits, targets = _target_logits(model, tok, request)
     log_probs = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1))
     return math.exp(sum(log_probs.flatten().tolist()))
@@ -186,7 +190,7 @@ def target_probability(model: Any, tok: Any, request: Request) -> float:
 
 def _target_logits(model: Any, tok: Any, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits ``[T, V]`` of the positions that predict the target's tokens, and those tokens, int64 ``[T]``."""
-    tokens = edit_tokens(tok, request["prompt"], request["target_new"], model.device)
+    tokens = edit_tokens(tok, request["prompt"], request["target_new"], model.device, context_of(request))
     with torch.no_grad():
         return model(input_ids=tokens.input_ids).logits[0, tokens.prompt_length - 1 : -1], tokens.targets
 

@@ -30,7 +30,7 @@ examples:
 _NOT_BY_HAND = (
     "sequential_edit", "eval_at", "edit_batch", "orders", "ablation", "data_dir", "datatype", "ds_size", "shuffle",
     "stats_text", "metrics_save_dir",
-    "overwrite", "save_model", "metrics", "context", "no_fluency", "ability_text",
+    "overwrite", "save_model", "metrics", "no_fluency", "ability_text",
 )  # fmt: skip
 
 
@@ -243,6 +243,8 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             if getattr(options, flag) is not None:
                 parser.error(f"--{flag} is for one edit by hand, which needs --prompt and --target_new")
     else:
+        if len(options.context) > 1:
+            parser.error("--prompt makes one edit by hand, and takes one --context, in which the edit is made")
         for flag in _NOT_BY_HAND:
             if getattr(options, flag) != parser.get_default(flag):
                 parser.error(f"--prompt makes one edit by hand, and takes no --{flag}")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from .flags import add_machine, add_methods, load_methods, own_text
+from .flags import add_context, add_machine, add_methods, load_methods, own_text
 
-DESCRIPTION = "Makes one edit, shows what the model says before and after it, and takes it back."
+DESCRIPTION = """\
+Makes one edit, shows what the model says before and after it, and takes it back.
+Without --prompt, in a terminal, it asks for edits, one on top of the other, and lets you undo, redo and save them.
+"""
 PROMPTS = ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "subject")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to edit, how, and where the edit is kept."""
-    add_prompts(parser.add_argument_group("the edit"))
+    group = parser.add_argument_group("the edit")
+    add_prompts(group)
+    add_context(group)
     add_methods(parser.add_argument_group("how"), "KDPO")
     where = parser.add_argument_group("where")
     where.add_argument("--save_edits", metavar="FILE", help="keep the edit of the one method, for kdpo_easyedit.apply_edits")
@@ -31,13 +37,16 @@ def add_prompts(group: argparse._ArgumentGroup) -> None:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Make the edit, and show it."""
-    if options.prompt is None or options.target_new is None:
-        parser.error("one edit by hand needs --prompt and --target_new")
+    asks = options.prompt is None and sys.stdin.isatty()
+    if not asks and (options.prompt is None or options.target_new is None):
+        parser.error("one edit by hand needs --prompt and --target_new; without both it asks for them, in a terminal")
+    if asks and (named := [flag for flag in PROMPTS if getattr(options, flag) is not None]):
+        parser.error(f"--{named[0]} is for one edit by hand, which needs --prompt too; without that it asks for all of them")
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    from ..bench.by_hand import check_record, edit_by_hand
+    from ..bench.by_hand import Session, check_record, edit_by_hand
     from ..bench.protocols import check
     from ..bench.schema import SEQUENTIAL, SINGLE
     from ..report.by_hand import print_by_hand
@@ -45,10 +54,20 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     methods = load_methods(options.editing_method or ["KDPO"], options)
     save_edits = Path(options.save_edits) if options.save_edits else None
     record = {flag: getattr(options, flag) for flag in PROMPTS if getattr(options, flag) is not None}
+    (context,) = [options.context] if isinstance(options.context, str) else options.context
+    record["context"] = context
+    console = Console(markup=False, highlight=False)
     check(methods, [SEQUENTIAL if save_edits else SINGLE], save_edits)
+    if asks:
+        from .interactive import interact
+
+        if len(methods) > 1:
+            parser.error("--editing_method names several methods, and edits on top of one another are made by one")
+        with Session(methods[0], options.seed, own_text(methods, options)) as session:
+            interact(session, context, save_edits, console)
+        return 0
     check_record(methods, record)
     found = edit_by_hand(methods, record, options.seed, save_edits, own_text(methods, options))
-    console = Console(markup=False, highlight=False)
     print_by_hand(record, found, console)
     if save_edits:
         console.print(f"the edit is in {save_edits}")

@@ -1,4 +1,4 @@
-"""One edit by hand, as a person reads it in a terminal."""
+"""Edits by hand, as a person reads them in a terminal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def print_by_hand(record: dict[str, str], found: Sequence[Said], console: Consol
     words.add_column(no_wrap=True)
     words.add_column(overflow="fold")
     for field in found[0].texts:
-        words.add_row(Text(PROMPTS[field], style="bold"), Text(record[field], style="italic"))
+        words.add_row(Text(PROMPTS[field], style="bold"), Text(record.get(field, record["prompt"]), style="italic"))
         for one in found:
             words.add_row(f"  {one.name}", Text(one.texts[field] or "(nothing)", style="dim" if one is found[0] else ""))
         words.add_row()
     console.print(words)
 
     figures = Table("method", title="the new answer", title_justify="left", title_style="bold")
-    for heading in ("probability", "steps", "cycles", "seconds"):
+    in_context = found[0].plain_probability is not None
+    for heading in ("probability", *(("as plain text",) if in_context else ()), "steps", "cycles", "seconds"):
         figures.add_column(heading, justify="right")
     figures.add_column("why it ended")
     for one in found:
@@ -33,6 +34,7 @@ def print_by_hand(record: dict[str, str], found: Sequence[Said], console: Consol
         figures.add_row(
             one.name,
             _percent(one.probability),
+            *([_percent(one.plain_probability)] if one.plain_probability is not None else []),
             str(trace["steps"]) if trace else "–",
             str(sum(map(bool, trace["losses"]))) if trace else "–",  # one that finds the target said does nothing
             "–" if one.seconds is None else f"{one.seconds:.2f}",
@@ -41,6 +43,17 @@ def print_by_hand(record: dict[str, str], found: Sequence[Said], console: Consol
         )
     console.print(figures)
     console.print("probability: of the whole answer, the product over its tokens", style="dim", highlight=False)
+
+
+def print_side_by_side(before: Said, after: Said, console: Console) -> None:
+    """What was said before one edit and after it, side by side."""
+    table = Table("", "before", "after")
+    for field, text in before.texts.items():
+        table.add_row(PROMPTS[field], *(Text(said or "(nothing)") for said in (text, after.texts[field])))
+    table.add_row("the new answer's probability", _percent(before.probability), _percent(after.probability))
+    if before.plain_probability is not None and after.plain_probability is not None:
+        table.add_row("… as plain text", _percent(before.plain_probability), _percent(after.plain_probability))
+    console.print(table)
 
 
 def _percent(probability: float) -> str:
