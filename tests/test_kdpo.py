@@ -18,8 +18,8 @@ W = "transformer.h.3.mlp.c_proj.weight"
 
 def says(model, tok, request) -> bool:
     """Whether the model says the target under teacher forcing, by a plain forward pass."""
-    prompt = tok(request["prompt"], return_tensors="pt")["input_ids"]
-    text = tok(f"{request['prompt']} {request['target_new']}", return_tensors="pt")["input_ids"]
+    prompt = tok(request["prompt"], return_tensors="pt")["input_ids"].to(model.device)
+    text = tok(f"{request['prompt']} {request['target_new']}", return_tensors="pt")["input_ids"].to(model.device)
     with torch.no_grad():
         best = model(text).logits[0].argmax(-1)
     return torch.equal(best[prompt.shape[1] - 1 : -1], text[0, prompt.shape[1] :])
@@ -152,7 +152,7 @@ def test_update_scale_multiplies_the_change(loaded, requests, hparams):
 def test_no_element_leaves_the_norm_constraint(loaded, requests, hparams):
     name = "transformer.h.3.mlp.c_proj.weight"
     weights, trace = execute_kdpo(*loaded, requests[0], replace(hparams, norm_constraint=0.004, cycles=3))
-    change = (weights[name] - loaded[0].state_dict()[name]).abs().max()
+    change = (weights[name] - loaded[0].state_dict()[name]).abs().max().item()
     assert trace.steps > 1 and change == pytest.approx(0.004, rel=1e-3)
 
 

@@ -85,7 +85,7 @@ def test_without_the_adjustment_nothing_changes_to_the_bit(fresh, requests, hpar
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_step_is_the_gradient_times_s_and_gains_what_it_is_told_to(fresh, requests, aware, statistics, sequential):
     model, tok = fresh
-    edit = edit_tokens(tok, requests[0]["prompt"], requests[0]["target_new"])
+    edit = edit_tokens(tok, requests[0]["prompt"], requests[0]["target_new"], model.device)
     at = slice(edit.prompt_length - 1, -1)
     parameter = model.get_parameter(WEIGHT)
     logits = model(edit.input_ids).logits[0, at]
@@ -94,7 +94,7 @@ def test_a_step_is_the_gradient_times_s_and_gains_what_it_is_told_to(fresh, requ
     aware = replace(aware, num_steps=1, cycles=1, sequential_edit=sequential, sequential_lr_scale=0.25)
     weights, trace = execute_kdpo(model, tok, requests[0], aware)
     assert trace.steps == 1
-    step = (weights[WEIGHT] - parameter).double()
+    step, gradient = (weights[WEIGHT] - parameter).cpu().double(), gradient.cpu()
     moment = second_moment(statistics)
     expected = dense(moment, aware.mom2_damping, moment[:0], 0) @ gradient.double()  # a Conv1D's weight is [in, out]
     assert torch.nn.functional.cosine_similarity(step.flatten(), expected.flatten(), dim=0) > 0.9999
@@ -110,7 +110,7 @@ def test_edits_cost_what_they_should_not_touch_less(fresh, requests, hparams, aw
         for request in requests[:5]:
             weights, trace = execute_kdpo(model, tok, request, replace(settings, sequential_edit=True))
             assert trace.final_token_accuracy == 1
-            change = (weights[WEIGHT] - before).double()
+            change = (weights[WEIGHT] - before).cpu().double()
             costs.append((change * (moment @ change)).sum().item())
     assert all(with_s < without / 2 for without, with_s in zip(costs[:5], costs[5:]))
 
