@@ -153,6 +153,38 @@ def test_ultraedit_learns_from_edit_to_edit_and_forgets_what_is_taken_back(small
 
 
 @on_main_only
+def test_eamet_says_what_it_cannot_edit_before_it_begins(small_world, requests, tmp_path):
+    """GPT-2; what it edits, test_provided_yamls.py does."""
+    method = method_for("MEMIT", small_world, tmp_path)
+    method.hparams.alg_name = "EAMET"
+    editor = host.BaseEditor(method.hparams)
+    with pytest.raises(host.HostError, match=r"EAMET cannot edit transformer\.h\.0\.mlp\.c_proj"):
+        algorithms.apply_edit(editor, editor.model, requests[:2])
+    assert algorithms.takes_batches(method.hparams)
+
+
+@on_main_only
+def test_simie_merges_edits_that_are_each_made_on_the_original(small_world, requests, tmp_path):
+    """With next to no weight on what was there before, what ROME does to an edit's keys is all there; with much, nothing is."""
+    method = method_for("SimIE", small_world, tmp_path)
+    editor = host.BaseEditor(method.hparams)
+    before, name = state(editor.model), "transformer.h.0.mlp.c_proj.weight"
+    changes = {}
+    for weight in (1e-3, 1e6):
+        editor.hparams.lamHyper = weight
+        algorithms.set_memory()
+        torch.manual_seed(0)
+        _, first = algorithms.apply_edit(editor, editor.model, requests[0])
+        assert list(first) == [name] and torch.equal(first[name], before[name])
+        _, second = algorithms.apply_edit(editor, editor.model, requests[1])
+        assert torch.equal(learnt["SimIE"][f"start {name}"], before[name]) and not torch.equal(second[name], before[name])
+        changes[weight] = (editor.model.state_dict()[name] - before[name]).norm().item()
+        algorithms.undo_edits(editor, second | first)
+        assert same_state(before, state(editor.model)) and not learnt
+    assert changes[1e6] < 1e-3 * changes[1e-3]
+
+
+@on_main_only
 def test_ultraedit_would_make_the_model_half_and_says_so(small_world, requests, tmp_path):
     method = method_for("ULTRAEDIT", small_world, tmp_path)
     method.hparams.half = True

@@ -184,7 +184,8 @@ def easyedits_yamls() -> list[Path]:
     if not on_main():
         return []
     folder = Path(host.easyeditor.__file__).parent.parent / "hparams"
-    return [path for method in algorithms.COMPARABLE for path in sorted((folder / method).glob("*.yaml"))]
+    methods = [method for method in algorithms.COMPARABLE if method != "SimIE"]  # its own name a file of another method's
+    return [path for method in methods for path in sorted((folder / method).glob("*.yaml"))]
 
 
 def of_images(path: Path) -> bool:

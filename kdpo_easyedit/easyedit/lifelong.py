@@ -7,13 +7,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import make_dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from ..method.preference import edit_tokens
-from ..method.weights import read
-from .host import HostError, submodule
+from ..method.weights import read, write
+from .host import ALG_DICT, HostError, submodule
 
 #: By method, the tensors that it has learnt of its edits. Replaced whole after an edit, and never changed in place.
 learnt: dict[str, dict[str, torch.Tensor]] = {}
@@ -73,6 +76,51 @@ def _batches(
             ids[row, :length], mask[row, :length] = tokens.input_ids[0], 1
             labels[row, tokens.prompt_length : length] = tokens.targets
         yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@cache
+def simie_hyper_params() -> type:
+    """SimIE's hyper-parameters: those of ROME, which it runs, and its own, in one dataclass, where EasyEdit has two files."""
+    own = [("lamHyper", float, 10000.0), ("init_model", bool, True), ("solver", str, "LU")]
+    return make_dataclass("SimIEHyperParams", own, bases=(submodule("models.rome").ROMEHyperParams,))
+
+
+def apply_simie_to_model(
+    model: Any, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: Any, **keywords: Any
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """SimIE: edits of ROME, each made on the original model and then merged into what earlier ones have left.
+
+    The keys and the merging are EasyEdit's. Its executor is not used: that loads ROME's settings from a path of its own, makes
+    an edit too many to learn which weights there are, knows models by their names, and keeps what it has merged in the
+    hyper-parameters.
+
+    Returns:
+        The model, and the weights that were changed, as they were.
+    """
+    module = submodule("models.simie.simie")
+    originals: dict[str, torch.Tensor] = {}
+    for request in requests:
+        had = learnt.get("SimIE", {})
+        start = {key.removeprefix("start "): tensor for key, tensor in had.items() if key.startswith("start ")}
+        now = {name: weight.detach().clone() for name, weight in read(model, start).items()}
+        if hparams.init_model:
+            write(model, start)
+        _, before = ALG_DICT["ROME"](model, tok, [request], hparams, **keywords)
+        start, now = start or {name: weight.clone() for name, weight in before.items()}, now or before
+        originals = now | originals
+        edited = {name: weight.detach().clone() for name, weight in read(model, start).items()}
+        write(model, before)
+        transposed = isinstance(model.get_submodule(next(iter(start)).removesuffix(".weight")), Conv1D)
+        merger = module.SimIE(lamHyper=hparams.lamHyper, init=hparams.init_model, solver=hparams.solver)
+        merger.initialization("gpt2-xl" if transposed else "llama", start, model.device)  # the two that it tells apart
+        merger.weights_copy = {name: weight.to(model.device, copy=True) for name, weight in now.items()}
+        merger.matrix_P |= {name: had[f"P {name}"].to(model.device, copy=True) for name in start if f"P {name}" in had}
+        keys = merger.cache(model, [request], tok)
+        write(model, edited)
+        merger.update(model, keys)
+        learnt["SimIE"] = {f"start {name}": weight.cpu() for name, weight in start.items()}
+        learnt["SimIE"] |= {f"P {name}": matrix.cpu() for name, matrix in merger.matrix_P.items()}
+    return model, originals
 
 
 @contextmanager

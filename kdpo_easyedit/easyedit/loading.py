@@ -22,7 +22,7 @@ from .statistics import build_world
 
 # The methods that need the prompt's tokens to start at 0: those that main names in BaseEditor.__init__, and two that count
 # tokens in the same way and that it forgets.
-_PAD_RIGHT = {"ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE", "PMET", "MEMIT-FE"}
+_PAD_RIGHT = {"ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE", "PMET", "MEMIT-FE", "SimIE"}
 
 
 class ModelName(str):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from ..files import whole
 from ..method.weights import fingerprint
@@ -24,7 +25,9 @@ def mend() -> None:
     _mend_generation()
     _mend_routing()
     _mend_projections()
+    _mend_eamet()
     ALG_DICT["ULTRAEDIT"] = lifelong.apply_ultraedit_to_model
+    ALG_DICT["SimIE"] = _simie(ALG_DICT["SimIE"])
     _mend_dpo()
     _mend_grace()
     _mend_wise()
@@ -130,6 +133,38 @@ def _projection(module: Any, model: Any, tok: Any, layer: int, hparams: Any) -> 
         with whole(file) as unfinished:
             save_file({"P": module.get_project(model, tok, layer, hparams).contiguous()}, unfinished)
     return load_file(file)["P"]
+
+
+def _mend_eamet() -> None:
+    """EAMET leaves the tokenizer without its first token, writes its contexts on whatever device is the first, and cannot
+    multiply GPT-2's weights, which are stored the other way round.
+    """
+    apply, generate = ALG_DICT["EAMET"], submodule("util.generate")
+
+    @wraps(apply)
+    def apply_where_it_can(model: Any, tok: Any, requests: Any, hparams: Any, **kwargs: Any) -> Any:
+        name = hparams.rewrite_module_tmp.format(hparams.layers[0])
+        if isinstance(model.get_submodule(name), Conv1D):
+            raise HostError(f"EasyEdit's EAMET cannot edit {name} of this model, whose weights are stored the other way round")
+        device = generate.normalize_device
+        generate.normalize_device = lambda *_arguments, **_keywords: model.device
+        try:
+            return apply(model, copy.deepcopy(tok), requests, hparams, **kwargs)
+        finally:
+            generate.normalize_device = device
+
+    ALG_DICT["EAMET"] = apply_where_it_can
+
+
+def _simie(apply: Callable) -> Callable:
+    """SimIE by hyper-parameters of ours; those of EasyEdit's own get what it has."""
+
+    @wraps(apply)
+    def apply_either(model: Any, tok: Any, requests: Any, hparams: Any, **kwargs: Any) -> Any:
+        ours = isinstance(hparams, lifelong.simie_hyper_params())
+        return (lifelong.apply_simie_to_model if ours else apply)(model, tok, requests, hparams, **kwargs)
+
+    return apply_either
 
 
 def _mend_dpo() -> None:

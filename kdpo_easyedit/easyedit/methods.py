@@ -19,7 +19,7 @@ from ..method.weights import read, write
 from ..plugin import is_easyedit
 from .failures import as_it_was_on_failure, check_finite
 from .host import ALG_DICT, EDITOR_LOG, IS_RELEASE, HostError, easyeditor, is_layer_wrapper, is_wrapper, submodule
-from .lifelong import learnt
+from .lifelong import learnt, simie_hyper_params
 
 Request = dict[str, Any]
 
@@ -35,7 +35,7 @@ RELEASE_BEHAVIOUR = {
 # an adapter, or in whatever else the method wraps the copy in.
 _IN_WEIGHTS = (
     "KDPO", "FT", "ROME", "R-ROME", "MEMIT", "MEMIT-FE", "EMMET", "PMET", "AlphaEdit", "SPHERE", "CORE", "ULTRAEDIT",
-    "LocFT-BF",
+    "LocFT-BF", "EAMET", "SimIE",
 )  # fmt: skip
 _IN_ADAPTERS = ("LoRA", "DPO")
 _IN_WRAPPERS = ("GRACE", "WISE", "KN", "Retrieval")
@@ -52,9 +52,7 @@ _LEFT_OUT = {
     "QLoRA": "edits a quantised model, and a comparison needs one model for all methods",
     "DINM": "edits what a model refuses to say, not facts",
     "DEFER": "decides by the answer's last token, which nobody has before the answer is there",
-    "EAMET": "cannot edit GPT-2, on which methods are tried out here",
     "MELO": "needs a second model, which tells prompts apart",
-    "SimIE": "is a way to run another method, which it would have to load",
 }
 
 
@@ -82,7 +80,7 @@ def takes_batches(hparams: Any) -> bool:
             return not IS_RELEASE
         case method:
             batchable: bool = submodule("editors.batch_editor").BatchEditor.is_batchable_method(method)
-            return batchable or method in ("SPHERE", "LocFT-BF", "Retrieval")
+            return batchable or method in ("SPHERE", "EAMET", "LocFT-BF", "Retrieval")
 
 
 def adapter_weights(model: Any) -> list[str]:
@@ -128,6 +126,8 @@ def hyper_params_class(method: str) -> type:
     if method not in ALG_DICT:
         here, there = ("release", "GitHub main branch") if IS_RELEASE else ("GitHub main branch", "release")
         raise HostError(f"editing_method is {method!r}, which EasyEdit's {here} does not have, but its {there} does")
+    if method == "SimIE":
+        return simie_hyper_params()
     wanted = method.replace("-", "").lower() + "hyperparams"
     classes = {**vars(submodule("util.alg_dict")), **vars(easyeditor)}  # ours are in the latter
     return next(cls for name, cls in classes.items() if name.replace("_", "").lower() == wanted)
