@@ -95,6 +95,16 @@ def test_a_path_needs_no_ending_and_a_name_no_folder(config, tmp_path, monkeypat
     assert KDPOHyperParams.from_hparams("qwen1.5-0.5b").model_name == "Qwen/Qwen1.5-0.5B"
 
 
+def test_a_folder_of_ones_own_is_looked_through_by_method(config, tmp_path, monkeypatch):
+    (tmp_path / "mine" / "KDPO").mkdir(parents=True)
+    file = tmp_path / "mine" / "KDPO" / "small.yaml"
+    file.write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    assert find_hparams("KDPO", "mine/small").resolve() == find_hparams("KDPO", tmp_path / "mine" / "small.yaml") == file
+    with pytest.raises(HParamsError, match="no hyper-parameters for FT at 'mine/small'"):
+        find_hparams("FT", "mine/small")
+
+
 def test_a_name_that_is_not_provided_lists_those_that_are():
     with pytest.raises(HParamsError, match=r"qwen1\.6.*qwen1\.5-0\.5b"):
         KDPOHyperParams.from_hparams("qwen1.6")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from kdpo_easyedit.cli.main import main
 from kdpo_easyedit.easyedit.hparams import load_hparams
 from kdpo_easyedit.files import json_text
 from kdpo_easyedit.report.documents import document_run, write_sweep
-from kdpo_easyedit.report.sweep import Run, content, figure, ranks, read_sweep
+from kdpo_easyedit.report.sweep import Run, content, figures, ranks, read_sweep
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_figure_is_the_mean_over_runs_with_its_interval_over_edits(sweep):
     ]
     edits = per_edit(metrics[0] + metrics[1], "post")  # different edits: each counts by itself
     for key in ("mean", *FOUR):
-        value, interval = figure(sweep, runs, key)
+        value, interval = figures(sweep, runs, [key])[key]
         assert value == pytest.approx(np.mean([getattr(run.row, key) for run in runs]))
         wanted = (
             joint_interval([edits[of] for of in FOUR])
@@ -64,11 +65,11 @@ def test_a_figure_is_the_mean_over_runs_with_its_interval_over_edits(sweep):
             else share_interval([v for v in edits[key] if v is not None])
         )
         assert interval == wanted
-    value, interval = figure(sweep, runs[:1], "mean")
+    value, interval = figures(sweep, runs[:1], ["mean"])["mean"]
     assert value == runs[0].row.mean and interval == runs[0].row.intervals["mean"]
     # The same edits twice are as sure as once.
-    assert figure(sweep, [runs[0], runs[0]], "locality")[1] == runs[0].row.intervals["locality"]
-    assert figure(sweep, [run for run in read_sweep(sweep) if run.method == "MEMIT"], "mean") == (None, ())
+    assert figures(sweep, [runs[0], runs[0]], ["locality"])["locality"][1] == runs[0].row.intervals["locality"]
+    assert figures(sweep, [run for run in read_sweep(sweep) if run.method == "MEMIT"], ["mean"]) == {}
 
 
 def test_every_cell_is_in_the_matrix_and_leads_to_its_report(sweep):
@@ -111,6 +112,19 @@ def test_the_page_lies_where_it_is_asked_for(sweep, tmp_path, capsys):
         read_sweep(tmp_path)
 
 
+def test_methods_that_change_no_weights_are_told_apart(sweep, tmp_path):
+    shutil.copytree(sweep, tmp_path / "s")
+    for file in (tmp_path / "s" / "cells" / "small").glob("KDPO*/run.json"):
+        record = json.loads(file.read_text())
+        record["about"]["memories"] = ["KDPO"]
+        file.write_text(json.dumps(record))
+    drawn = content(tmp_path / "s", tmp_path / "s")
+    (table,) = drawn["tables"]
+    assert drawn["methods"] == ["FT", "MEMIT", "KDPO ‡"] == list(table["cells"])
+    best = {method: cells["small"]["figures"]["mean"]["best"] for method, cells in table["cells"].items() if method != "MEMIT"}
+    assert best == {"FT": True, "KDPO ‡": False} and list(table["ranks"]["mean"]["of"]) == ["FT"]
+
+
 def test_nothing_done_yet_is_a_page_too(sweep, tmp_path):
     cells = [replace(cell, state="waiting") for cell in from_json(Cell, json.loads((sweep / "sweep.json").read_text()))]
     (tmp_path / "sweep.json").write_text(json_text(to_json(cells)))
@@ -143,4 +157,8 @@ def test_ranks_are_over_comparisons_that_all_methods_have_and_then_over_seeds():
     # Of costs, less is better; a changed hyper-parameter is a row of its own.
     costs = [replace(of, row=replace(of.row, seconds_per_edit=of.row.mean)) for of in runs if of.row and of.cell.model == "m"]
     assert ranks(costs, "seconds_per_edit")[0]["C"].mean == 1
+    # Methods that change no weights are ranked where there are no others.
+    with_memory = [replace(of, memory=of.method == "B") for of in runs]
+    assert list(ranks(with_memory, "mean")[0]) == ["A", "C"] and ranks(with_memory, "mean")[1] == 4
+    assert list(ranks([replace(of, memory=True) for of in runs], "mean")[0]) == ["A ‡", "B ‡", "C ‡"]
     assert run("A", "m", 0, 1.0, overrides={"lr": 0.1}).method == "A, lr 0.1"

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from kdpo_easyedit.method.config import HPARAMS_DIR, read_yaml
 from kdpo_easyedit.sweep import development, space, tuning
 from kdpo_easyedit.sweep.development import read_development
 from kdpo_easyedit.sweep.space import Range, Space
-from kdpo_easyedit.sweep.tasks import Event, Here, Task
+from kdpo_easyedit.sweep.tasks import Event, Here, Task, connect
 from kdpo_easyedit.sweep.tuning import HOW, TuneError, Tuning, score, tune
 
 ALL = sorted(file.stem for file in (Path(space.__file__).parent / "spaces").glob("*.yaml"))
@@ -184,6 +185,25 @@ def test_the_present_settings_may_be_written_over_and_the_study_goes_on(tuned, t
     assert found.trials == 2 and found.file == source and "2 trials" in source.read_text()
 
 
+def test_the_yamls_are_found_by_folder_and_name_with_the_models_own_edits(tuned, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tuned[0].parent)
+    name = f"{tuned[0].name}/hparams/world"
+    command = ["--editing_method", *METHODS, "--hparams_dir", name, "--ds_size", "1", "--no_fluency", "--quiet"]
+    assert main([*command, "--metrics_save_dir", str(tmp_path / "run")]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["about"]["data"] == "the world's own edits" and record["protocols"] == ["single", "sequential"]
+    for found in tuned[2]:
+        assert record["methods"][found.method].items() >= found.changed.items()
+
+
+def test_the_device_and_dtype_of_the_command_go_before_the_yamls(three, tmp_path):
+    asked = replace(three, dtype="bfloat16", trials=1, protocols=["single"])
+    (found,) = tune(["FT"], asked, tmp_path, Here(tmp_path))
+    assert json.loads((tmp_path / "world" / "FT" / "run.json").read_text())["dtype"] == "torch.bfloat16"
+    trial = json.loads((tmp_path / "world" / "FT" / "trials" / "000" / "run.json").read_text())
+    assert trial["methods"]["FT"]["dtype"] == "bfloat16" and "dtype" not in found.file.read_text()
+
+
 def test_another_study_in_the_folder_is_refused(tuned, three):
     folder = tuned[0]
     with pytest.raises(RunError, match=r"seed is 0 there and 1 here\. Name another folder, or remove this one"):
@@ -254,7 +274,7 @@ class Fixed:
 
 @pytest.mark.parametrize("method", ALL)
 def test_every_method_has_a_space_that_holds_its_present_settings(method):
-    assert len(ALL) == 14
+    assert len(ALL) == 17
     for file in sorted((HPARAMS_DIR / method).glob("*.yaml")):
         try:
             hparams = load_hparams(method, file)
@@ -265,7 +285,7 @@ def test_every_method_has_a_space_that_holds_its_present_settings(method):
         for name, value in its.settings(Fixed(its.present)).items():
             present = getattr(hparams, name)
             assert value == (present if isinstance(value, (list, str, bool)) else pytest.approx(present)), (file, name)
-        assert 4 <= len(its.parameters) <= 7 and its.words().keys() >= {"lr"} & its.parameters.keys()
+        assert 2 <= len(its.parameters) <= 7 and its.words().keys() >= {"lr"} & its.parameters.keys()
 
 
 def test_layers_are_a_share_of_the_depth(monkeypatch, hparams):
@@ -276,6 +296,14 @@ def test_layers_are_a_share_of_the_depth(monkeypatch, hparams):
     monkeypatch.setattr(space, "read_space", lambda _: {"layers": {"between": [0, 1]}})
     with pytest.raises(HParamsError, match=r"layers is \{'between': \[0, 1\]\}; allowed: "):
         Space("MEMIT", hparams, 31)
+    modules = SimpleNamespace(inner_params=["model.layers.22.mlp", "model.layers.23.mlp"])
+    monkeypatch.setattr(space, "read_space", lambda _: {"inner_params": {"depth": [0.0, 1.0], "number": [1, 3]}})
+    its = Space("ULTRAEDIT", modules, 31)
+    assert its.present == {"inner_params": 22, "inner_params.number": 2}
+    assert its.settings(Fixed({"inner_params": 30, "inner_params.number": 2})) == {"inner_params": ["model.layers.30.mlp"]}
+    modules.inner_params[1] = "model.layers.30.mlp"
+    with pytest.raises(HParamsError, match="allowed for a search: one module, of consecutive layers"):
+        Space("ULTRAEDIT", modules, 31)
     with pytest.raises(HParamsError, match="IKE has no search space; those that have one: AlphaEdit, DPO"):
         Space("IKE", hparams, 31)
 
@@ -330,3 +358,16 @@ def test_trials_side_by_side_choose_the_same_whichever_is_done_first(three, tmp_
         found.append([trials_of(tmp_path / str(order) / "world" / method) for method in METHODS])
     assert found[0] == found[1] and [len(of) for of in found[0]] == [8, 8]
     assert len({trial["params"]["lr"] for trial in found[0][0]}) == 8
+
+
+def test_on_a_cluster_the_same_is_found_as_here(three, tmp_path):
+    pytest.importorskip("ray")
+    asked = replace(three, trials=2, protocols=["single"], requests=three.requests[:2])
+    found = []
+    for address in ("local", None):  # None: a cluster of this machine's own
+        folder = tmp_path / str(address)
+        folder.mkdir()
+        with connect(address, folder) as workers:
+            found.append(tune(METHODS, asked, folder, workers))
+    here, there = ([(of.method, of.trials, of.present, of.best, of.changed) for of in its] for its in found)
+    assert here == there and [of.file.read_text() for of in found[0]] == [of.file.read_text() for of in found[1]]

@@ -37,7 +37,8 @@ class Companions:
 
 
 def have_companions(hparams_name: str) -> bool:
-    """Whether a model brings its own edits: the worlds, and the packed models."""
+    """Whether a model brings its own edits: the worlds, and the packed models, whatever folder their YAMLs are in."""
+    hparams_name = Path(hparams_name).name
     return hparams_name in world.RECIPES or hparams_name in packed.MODELS
 
 
@@ -47,6 +48,7 @@ def companions(hparams_name: str, quiet: bool = False) -> Companions:
     Raises:
         ModelError: the wheel with the openings of Wikipedia articles is not installed.
     """
+    hparams_name = Path(hparams_name).name
     if hparams_name in world.RECIPES:
         built = build_world(world.RECIPES[hparams_name], quiet)
         return Companions(built.edits, "the world's own edits", built.development, None, (), ())

@@ -169,6 +169,7 @@ def _tuning(options: argparse.Namespace, methods: Sequence[str]) -> Tuning:
         inputs.stats_text,
         inputs.ability_texts,
         options.device,
+        options.dtype,
     )
 
 

@@ -17,19 +17,22 @@ from .families import family_of
 _PACKAGE = Path(__file__).resolve().parent.parent
 #: Where the provided YAMLs lie, one folder a method: in a wheel inside the package, in a checkout beside it.
 HPARAMS_DIR = _PACKAGE / "hparams_yaml" if (_PACKAGE / "hparams_yaml").is_dir() else _PACKAGE.parent / "hparams"
-# A method that has another's folder: FT-L is what EasyEdit calls FT.
-_FOLDERS = {"FT-L": "FT"}
 
 
 class HParamsError(ValueError):
     """A hyper-parameter that cannot be used; the message names where, the key, the value and what is allowed."""
 
 
+def yaml_folder(method: str) -> str:
+    """The name of a method's folder of YAMLs: FT-L is what EasyEdit calls FT."""
+    return "FT" if method == "FT-L" else method
+
+
 def find_hparams(method: str, name_or_path: str | Path) -> Path:
     """The YAML that ``name_or_path`` means for ``method``.
 
     A path (with or without ``.yaml``) is a path; a bare name such as ``qwen1.5-0.5b`` that is no file here is looked up
-    among the provided ``METHOD/NAME.yaml``.
+    among the provided ``METHOD/NAME.yaml``, and ``FOLDER/NAME`` as ``FOLDER/METHOD/NAME.yaml``.
 
     Raises:
         HParamsError: there is no such file; the message lists the names that there are.
@@ -38,12 +41,12 @@ def find_hparams(method: str, name_or_path: str | Path) -> Path:
     for candidate in (Path(given), Path(given + ".yaml")):
         if candidate.is_file():
             return candidate
-    folder = HPARAMS_DIR / _FOLDERS.get(method, method)
-    if Path(given).name == given:
-        provided = folder / (given.removesuffix(".yaml") + ".yaml")
-        if provided.is_file():
-            return provided
-    names = sorted(f.stem for f in folder.glob("*.yaml"))
+    name = Path(given).name
+    root = HPARAMS_DIR if name == given else Path(given).parent
+    found = root / yaml_folder(method) / (name.removesuffix(".yaml") + ".yaml")
+    if found.is_file():
+        return found
+    names = sorted(f.stem for f in (HPARAMS_DIR / yaml_folder(method)).glob("*.yaml"))
     raise HParamsError(
         f"no hyper-parameters for {method} at {given!r}: give the path of a YAML, or one of the provided names: "
         + (", ".join(names) or f"none are provided for {method}")

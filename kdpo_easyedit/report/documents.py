@@ -15,7 +15,6 @@ from ..files import whole
 from .charts import curve_chart, radar_chart
 from .page import filled, page
 from .results import Results, read_results
-from .sweep import NOTES as SWEEP_NOTES
 from .sweep import content as sweep_content
 from .tables import COLUMNS, NOTES, Cell, measured, protocol_title, remarks, shown_name, significance, tables, title
 
@@ -56,7 +55,7 @@ def write_sweep(folder: Path, into: Path) -> list[Path]:
     """
     _check_empty(into, [folder])
     drawn = sweep_content(folder, into)
-    return _write(into, {_PAGE: filled({"sweep": drawn, "notes": SWEEP_NOTES}), _TEXT: sweep_markdown(drawn)})
+    return _write(into, {_PAGE: filled({"sweep": drawn}), _TEXT: sweep_markdown(drawn)})
 
 
 def document_run(comparison: Comparison, folder: Path, latex: bool = False) -> Path:
@@ -125,7 +124,7 @@ def sweep_markdown(drawn: Mapping[str, Any]) -> str:
             row = [_sweep_cell(cells.get(model), measure) for model in models]
             lines.append(_row([_markdown(method), *row, _figure(ranks["of"].get(method))]))
         lines += ["", f"Ranks are over {ranks['comparisons']} comparisons in which all methods are done.", ""]
-    return "\n".join([*lines, " ".join(SWEEP_NOTES), ""])
+    return "\n".join([*lines, " ".join(drawn["notes"]), ""])
 
 
 def _sweep_cell(cell: Mapping[str, Any] | None, measure: str) -> str:

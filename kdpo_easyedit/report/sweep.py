@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,12 +18,12 @@ from ..bench.measuring import per_edit
 from ..bench.runs import RunError
 from ..bench.schema import FOUR, MEASURES, Cell, EditMetrics, Summary, from_json
 from ..bench.significance import joint_interval, mean_interval, share_interval
-from .tables import COLUMNS, LESS_IS_BETTER, ends, protocol_title, shown
+from .tables import COLUMNS, LESS_IS_BETTER, MEMORY_MARK, ends, protocol_title, shown
 
 #: The file of a sweep's folder that says what has become of its cells.
 STATE = "sweep.json"
-#: What has to be said of the figures.
-NOTES = (
+# What has to be said of the figures.
+_NOTES = (
     "A figure is the mean over a method's runs on a model, with its 95 % interval over the edits: an edit's figure is its mean "
     "over the runs. runs: the least and the most, where they differ. The best of a model in bold.",
     "Rank 1 is the best; equal figures share a rank. A method's rank is its mean over models, data and orders, and then over "
@@ -31,22 +31,31 @@ NOTES = (
     "In percent, teacher-forced, but for what says otherwise; the mean is that of edit success, generalization, portability "
     "and locality. A figure, or the seed below it, leads to the run's own report.",
 )
+_MEMORY_NOTE = (
+    f"{MEMORY_MARK} changes no weights, and keeps edits in a memory beside them: not ranked, in bold the best of the others."
+)
 #: By what methods are put side by side; those that no cell has are left out.
 _MEASURES = ("mean", *(key for key in COLUMNS if key != "mean"))
 
 
 @dataclass(frozen=True)
 class Run:
-    """A cell, and its row, where its run is complete."""
+    """A cell.
+
+    Attributes:
+        row: its figures, where its run is complete.
+        memory: whether its method changes no weights, and keeps edits in a memory beside them.
+    """
 
     cell: Cell
     row: Summary | None
+    memory: bool = False
 
     @property
     def method(self) -> str:
-        """The method, with the hyper-parameters that are the cell's own."""
-        changed = ", ".join(f"{key} {value}" for key, value in self.cell.overrides.items())
-        return f"{self.cell.method}, {changed}" if changed else self.cell.method
+        """The method, with the hyper-parameters that are the cell's own; marked where it changes no weights."""
+        changed = [f"{key} {value}" for key, value in self.cell.overrides.items()]
+        return ", ".join([self.cell.method, *changed]) + (f" {MEMORY_MARK}" if self.memory else "")
 
     @property
     def table(self) -> tuple[Any, ...]:
@@ -72,7 +81,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 def read_sweep(folder: Path) -> list[Run]:
-    """A sweep's cells, with the rows of those that are done.
+    """A sweep's cells, with the rows of those that are done; methods that change no weights come last.
 
     Raises:
         RunError: the folder holds no sweep, or a file that cannot be read.
@@ -84,7 +93,14 @@ def read_sweep(folder: Path) -> list[Run]:
     for cell in from_json(Cell, _read(file)):
         rows = from_json(Summary, _read(folder / cell.folder / "summary.json")) if cell.state == "done" else []
         runs.append(Run(cell, rows[0] if rows else None))
-    return runs
+    done = {run.cell.method: _read(folder / run.cell.folder / "run.json") for run in _first_of_methods(runs)}
+    memories = {method for method, record in done.items() if method in record["about"].get("memories", ())}
+    return sorted((replace(run, memory=run.cell.method in memories) for run in runs), key=lambda run: run.memory)
+
+
+def _first_of_methods(runs: Iterable[Run]) -> list[Run]:
+    """Of every method, a run that is done."""
+    return list({run.cell.method: run for run in runs if run.row is not None}.values())
 
 
 def _read(file: Path) -> Any:
@@ -99,7 +115,11 @@ def ranks(runs: Iterable[Run], measure: str) -> tuple[dict[str, Rank], int]:
 
     A comparison is all methods on one model, data, protocol, order and seed. Those count that have all of the methods which are
     done anywhere: in others the missing ones would make the rest look better. Equal figures share a rank.
+
+    Methods that change no weights are ranked only where there are no others.
     """
+    runs = list(runs)
+    runs = [run for run in runs if not run.memory] or runs
     comparisons: dict[tuple[Any, ...], dict[str, float]] = {}
     for run in runs:
         value = None if run.row is None else getattr(run.row, measure)
@@ -125,18 +145,20 @@ def ranks(runs: Iterable[Run], measure: str) -> tuple[dict[str, Rank], int]:
     return found, sum(map(len, by_seed.values()))
 
 
-def figure(folder: Path, runs: Sequence[Run], measure: str) -> tuple[float | None, Sequence[float]]:
-    """The mean of a measure over a method's runs on one model, and its 95 % confidence interval over the edits.
+def figures(folder: Path, runs: Sequence[Run], measures: Sequence[str]) -> dict[str, tuple[float, Sequence[float]]]:
+    """The means of measures over a method's runs on one model, and their 95 % confidence intervals over the edits.
 
-    Of several runs (seeds, orders), an edit's figure is its mean over them.
+    Of several runs (seeds, orders), an edit's figure is its mean over them. What no run has is left out.
     """
     rows = [run.row for run in runs if run.row is not None]
-    values = [value for row in rows if (value := getattr(row, measure)) is not None]
-    if not values:
-        return None, ()
-    if len(rows) == 1:
-        return values[0], rows[0].intervals.get(measure, ())
-    return float(np.mean(values)), _interval(_by_edit(folder, runs), measure)
+    by_edit = _by_edit(folder, runs) if len(rows) > 1 else {}
+    found = {}
+    for measure in measures:
+        values = [value for row in rows if (value := getattr(row, measure)) is not None]
+        if values:
+            interval = _interval(by_edit, measure) if len(rows) > 1 else rows[0].intervals.get(measure, ())
+            found[measure] = float(np.mean(values)), interval
+    return found
 
 
 def _by_edit(folder: Path, runs: Sequence[Run]) -> dict[str, list[float | None]]:
@@ -182,13 +204,14 @@ def content(folder: Path, into: Path) -> dict[str, Any]:
     tables: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         tables.setdefault(run.table, []).append(run)
-    first = next((run for run in runs if run.row is not None), None)
+    first = next(iter(_first_of_methods(runs)), None)
     record = _read(folder / first.cell.folder / "run.json") if first else {"versions": {}}
     methods = list(dict.fromkeys(run.method for run in runs))
     states = Counter(run.cell.state for run in runs)
     return {
         "name": folder.resolve().name,
         "versions": record["versions"],
+        "notes": [*_NOTES, *([_MEMORY_NOTE] if any(run.memory for run in runs) else [])],
         "seeds": sorted({run.cell.seed for run in runs}),
         "states": {state: states[state] for state in ("done", "running", "waiting", "failed") if states[state]},
         "measures": {key: _label(key) for key in measures},
@@ -218,11 +241,12 @@ def _table(folder: Path, into: Path, runs: Sequence[Run], measures: Sequence[str
     cells = {
         method: {model: _group(folder, into, of, measures) for model, of in models.items()} for method, models in groups.items()
     }
+    compared = [cells[run.method] for run in runs if not run.memory] or list(cells.values())
     for key in measures:
         for model in dict.fromkeys(model for models in cells.values() for model in models):
-            figures = [of[model]["figures"][key] for of in cells.values() if model in of and key in of[model]["figures"]]
-            best = (min if key in LESS_IS_BETTER else max)((figure["value"] for figure in figures), default=None)
-            for figure in figures:
+            shown_there = [of[model]["figures"][key] for of in compared if model in of and key in of[model]["figures"]]
+            best = (min if key in LESS_IS_BETTER else max)((figure["value"] for figure in shown_there), default=None)
+            for figure in shown_there:
                 figure["best"] = figure["value"] == best
     return {
         "title": f"{'The models’ own edits' if data == 'own' else data}: {edits} {protocol_title(protocol)}",
@@ -233,20 +257,19 @@ def _table(folder: Path, into: Path, runs: Sequence[Run], measures: Sequence[str
 
 def _group(folder: Path, into: Path, runs: Sequence[Run], measures: Sequence[str]) -> dict[str, Any]:
     """A method on a model: its figures, and its runs."""
-    figures = {}
     several = sum(run.row is not None for run in runs) > 1
-    for key in measures:
-        value, interval = figure(folder, runs, key)
-        if value is not None:
-            values = [of for run in runs if run.row is not None and (of := getattr(run.row, key)) is not None]
-            least, most = shown(key, min(values)), shown(key, max(values))
-            figures[key] = {
-                "value": value,
-                "text": shown(key, value),
-                "interval": ends(key, interval),
-                "spread": f"{least}–{most}" if several and least != most else "",
-            }
-    return {"figures": figures, "runs": [_run(folder, into, run) for run in runs]}
+    shown_figures = {}
+    for key, (value, interval) in figures(folder, runs, measures).items():
+        values = [of for run in runs if run.row is not None and (of := getattr(run.row, key)) is not None]
+        least, most = shown(key, min(values)), shown(key, max(values))
+        shown_figures[key] = {
+            "value": value,
+            "text": shown(key, value),
+            "interval": ends(key, interval),
+            "spread": f"{least}–{most}" if several and least != most else "",
+            "best": False,
+        }
+    return {"figures": shown_figures, "runs": [_run(folder, into, run) for run in runs]}
 
 
 def _run(folder: Path, into: Path, run: Run) -> dict[str, Any]:

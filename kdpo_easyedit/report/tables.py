@@ -31,7 +31,7 @@ LESS_IS_BETTER = (*COSTS, "once_seconds", "perplexity", "divergence")
 _DECIMALS = {"fluency": 2, "seconds_per_edit": 2, "once_seconds": 2, "perplexity": 2, "divergence": 3}
 _SIGNIFICANT = 0.05
 _MARK = "†"
-_MEMORY_MARK = "‡"
+MEMORY_MARK = "‡"
 #: The columns of a table with two lines of headings each.
 COLUMNS = {
     "edit_success": ("edit success", "forced"),
@@ -121,7 +121,7 @@ def ends(key: str, interval: Sequence[float]) -> str:
 
 def shown_name(comparison: Comparison, method: str) -> str:
     """A method's name in tables: marked where it changes no weights."""
-    return f"{method} {_MEMORY_MARK}" if method in comparison.memories else method
+    return f"{method} {MEMORY_MARK}" if method in comparison.memories else method
 
 
 def protocol_title(protocol: str) -> str:
@@ -197,7 +197,7 @@ def remarks(comparison: Comparison) -> list[str]:
     found += [f"{words}." for words in comparison.left_out]
     if comparison.memories:
         found.append(
-            f"{_MEMORY_MARK} changes no weights, and keeps edits in a memory beside them; in bold the best of the others."
+            f"{MEMORY_MARK} changes no weights, and keeps edits in a memory beside them; in bold the best of the others."
         )
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
         words = flips([row for row in comparison.rows if row.protocol == protocol])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..method.config import HParamsError, read_yaml
+from ..method.config import HParamsError, read_yaml, yaml_folder
 
 _FOLDER = Path(__file__).parent / "spaces"
 # A second parameter of Optuna's for one hyper-parameter: how many layers.
@@ -78,7 +78,7 @@ def read_space(method: str) -> dict[str, Any]:
 
 
 def _file_of(method: str) -> Path:
-    path = _FOLDER / f"{'FT' if method == 'FT-L' else method}.yaml"
+    path = _FOLDER / f"{yaml_folder(method)}.yaml"
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
         raise HParamsError(f"{method} has no search space; those that have one: {names}")
@@ -119,11 +119,10 @@ class Space:
             return [(name, Choices(tuple(of["choices"])), value)]
         if {"depth"} <= keys <= {"depth", "number"}:
             low, high = (round(share * (self.depth - 1)) for share in of["depth"])
-            if name != "layers":
-                return [(name, Range(low, high), _layer_in(value))]
-            found: list[tuple[str, Range | Choices, Any]] = [(name, Range(low, high), min(value))]
+            layers = value if name == "layers" else _layers_of(value)
+            found: list[tuple[str, Range | Choices, Any]] = [(name, Range(low, high), min(layers))]
             if "number" in of:
-                found.append((name + _NUMBER, Range(*of["number"]), len(value)))
+                found.append((name + _NUMBER, Range(*of["number"]), len(layers)))
             return found
         raise HParamsError(
             f"{path}: {name} is {of!r}; allowed: {{from: …, to: …, log: true}}, {{choices: […]}}, or of layers {{depth: "
@@ -133,12 +132,10 @@ class Space:
     def settings(self, trial: Suggests) -> dict[str, Any]:
         """Hyper-parameters as a trial chooses them, to go in the place of the present ones."""
         chosen: dict[str, Any] = {name: values.suggest(trial, name) for name, values in self.parameters.items()}
-        number = chosen.pop(f"layers{_NUMBER}", 1)
-        if "layers" in chosen:
-            chosen["layers"] = list(range(chosen["layers"], min(chosen["layers"] + number, self.depth)))
-        if "inner_params" in chosen:
-            layer = f"[{chosen['inner_params']}]"
-            chosen["inner_params"] = [re.sub(r"\[\d+\]", layer, name) for name in self.hparams.inner_params]
+        for name in {"layers", "inner_params"} & chosen.keys():
+            first, number = chosen[name], chosen.pop(name + _NUMBER, 1)
+            layers = list(range(first, min(first + number, self.depth)))
+            chosen[name] = layers if name == "layers" else [_at(self.hparams.inner_params[0], layer) for layer in layers]
         return chosen
 
     def words(self) -> dict[str, str]:
@@ -146,9 +143,17 @@ class Space:
         return {name.replace(_NUMBER, ", how many"): str(values) for name, values in self.parameters.items()}
 
 
-def _layer_in(names: list[str]) -> int:
-    """The layer in names such as ``model.layers[3].mlp.down_proj.weight``."""
-    found = re.search(r"\[(\d+)\]", names[0])
-    if not found:
-        raise HParamsError(f"inner_params is {names!r}; allowed for a search: names with a layer's number in square brackets")
-    return int(found[1])
+_LAYER = re.compile(r"(?<=[.\[])\d+(?=[.\]])")
+
+
+def _layers_of(names: list[str]) -> list[int]:
+    """The layers in names such as ``model.layers[3].mlp.down_proj.weight``."""
+    layers = [int(found[0]) for name in names if (found := _LAYER.search(name))]
+    if not layers or names != [_at(names[0], layer) for layer in range(layers[0], layers[0] + len(names))]:
+        raise HParamsError(f"inner_params is {names!r}; allowed for a search: one module, of consecutive layers")
+    return layers
+
+
+def _at(name: str, layer: int) -> str:
+    """A module's name at another layer."""
+    return _LAYER.sub(str(layer), name, count=1)

@@ -37,11 +37,11 @@ from ..bench.schema import FOUR, SINGLE, Summary, from_json, to_json
 from ..bench.versions import versions
 from ..devices import device_name
 from ..easyedit.host import HostError
-from ..easyedit.hparams import load_hparams
+from ..easyedit.hparams import load_hparams, set_dtype
 from ..easyedit.loading import in_place, loading
 from ..easyedit.methods import check_method
 from ..files import whole
-from ..method.config import HParamsError, find_hparams, read_yaml
+from ..method.config import HParamsError, find_hparams, loading_dtype, read_yaml, yaml_folder
 from ..method.statistics import Text
 from .space import Space
 from .tasks import Place, Resources, Task, Workers
@@ -75,7 +75,7 @@ class Tuning:
         at_once: how many trials of a method are chosen together, and may run side by side.
         stats_text: for the methods that go by second moments.
         ability_texts: for perplexity after the sequence; where there are none, it does not count.
-        device: in the place of the YAMLs'.
+        device, dtype: in the place of the YAMLs'.
     """
 
     hparams: str
@@ -88,6 +88,7 @@ class Tuning:
     stats_text: Text | None = None
     ability_texts: Sequence[str] = ()
     device: str | None = None
+    dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -222,6 +223,9 @@ class _Study:
         hparams = load_hparams(self.method, self.source, {**self.present, **settings})
         if self.tuning.device:
             hparams.device = self.tuning.device
+        if self.tuning.dtype:
+            hparams.fp16 = self.tuning.dtype == "float16"
+            set_dtype(hparams, self.tuning.dtype)
         return hparams
 
     @cached_property
@@ -247,6 +251,7 @@ class _Study:
         settings = {
             "present": self.present,
             "device": self.hparams.device,
+            "dtype": str(loading_dtype(self.hparams)),
             "space": self.space.words(),
             "data": _digest(tuning.requests),
             "protocols": list(tuning.protocols),
@@ -426,7 +431,8 @@ def tune(
     into = (save_hparams or folder / "hparams").resolve()
     name = tuning.name
     studies = {
-        method: _Study(method, tuning, folder / name / method, into / method / f"{name}.yaml", overwrite) for method in methods
+        method: _Study(method, tuning, folder / name / method, into / yaml_folder(method) / f"{name}.yaml", overwrite)
+        for method in methods
     }
     with ExitStack() as stack:
         for study in studies.values():
