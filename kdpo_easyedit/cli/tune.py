@@ -134,7 +134,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if found.file is None:
             console.print(f"{found.method}: all trials failed, the last one with {found.error}", soft_wrap=True)
         else:
-            console.print(str(found.file), soft_wrap=True)
+            changed = ", ".join(f"{name} {value}" for name, value in found.changed.items()) or "nothing better than at first"
+            console.print(f"{found.method}: {changed}\n  {found.file}", soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s; the studies are in {options.metrics_save_dir}", soft_wrap=True)
     return 1 if any(found.file is None for found in tuned) else 0
 
@@ -174,17 +175,15 @@ def _tuning(options: argparse.Namespace, methods: Sequence[str]) -> Tuning:
 
 
 def _table(tuned: Sequence[Tuned]) -> Table:
-    """A row a method: how good the settings were at first and are now, and what is changed."""
+    """A row a method: how good the settings were at first, and are now."""
     from rich.table import Table
 
     table = Table("method")
     protocols = list(dict.fromkeys(row.protocol for found in tuned for row in found.rows))
     for heading in ("trials", "failed", "at first", "best", *(f"{protocol}\nmean" for protocol in protocols)):
         table.add_column(heading, justify="right")
-    table.add_column("changed", overflow="fold")
     for found in tuned:
         means = {row.protocol: row.mean for row in found.rows}
-        changed = ", ".join(f"{name} {value}" for name, value in found.changed.items()) or "nothing"
         table.add_row(
             found.method,
             str(found.trials),
@@ -192,7 +191,6 @@ def _table(tuned: Sequence[Tuned]) -> Table:
             _shown(found.present),
             _shown(found.best),
             *(_shown(means.get(protocol)) for protocol in protocols),
-            changed if found.best is not None else "",
         )
     return table
 
