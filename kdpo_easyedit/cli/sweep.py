@@ -46,11 +46,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from transformers.utils import logging as transformers_logging
 
     # Importing the bench imports EasyEdit, which takes a moment; --help should not.
-    from ..sweep.plan import read_plan
+    from ..sweep.plan import check_devices, read_plan
     from ..sweep.progress import Live, plan_table
     from ..sweep.run import opened, refusals
     from ..sweep.run import run as run_sweep
-    from ..sweep.tasks import connect
+    from ..sweep.tasks import connect, runs_here
 
     transformers_logging.disable_progress_bar()
     console = Console(markup=False, highlight=False)
@@ -61,6 +61,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if plan.refused:
             print(refusals(plan), file=sys.stderr)
         return 2 if plan.refused else 0
+    check_devices(plan, here=runs_here(options.address))
     started = time.perf_counter()
     with opened(plan, options.metrics_save_dir) as sweep, connect(options.address, sweep.folder, options.collect) as workers:
         shutil.copyfile(options.sweep, sweep.folder / "sweep.yaml")

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from .pieces import Piece, Sent, changes, files_in, pieces_of, receive
 from .tasks import TRIES, Event, Place, Resources, Task, WorkersError, here, last_lines
@@ -29,8 +29,8 @@ from .tasks import TRIES, Event, Place, Resources, Task, WorkersError, here, las
 _ENVIRONMENT = ("EASYEDIT_HOME", "KDPO_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "OMP_WAIT_POLICY")
 # How often the driver looks around while nothing happens, and how often a worker sends what it has written, in seconds.
 _PULSE, _SEND_EVERY = 1.0, 2.0
-# How long a worker has to end well.
-_PATIENCE = 10
+# How many seconds a worker has to end well, and how many may go before they have begun.
+_PATIENCE, _MISFITS = 10, 20
 
 Parcel = list[ray.ObjectRef]
 
@@ -41,19 +41,25 @@ class _Worker:
 
     Args:
         root: the folder that tasks share; None for one of its own, to which files are brought and from which they are sent.
+        send_every: in seconds.
     """
 
-    def __init__(self, root: str | None, threads: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, root: str | None, threads: int, environment: Mapping[str, str], send_every: float) -> None:
         os.environ.update(environment)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # what torch reads when it is imported, which it is not yet
-        if root and not Path(root).is_dir():
-            raise WorkersError(f"{root} is not on {here()}: use a folder that all machines share, or --collect")
         self._own = None if root else Path(tempfile.mkdtemp(prefix="kdpo-sweep-"))
         self.place = Place(Path(root or str(self._own)))
         self._sent: Sent = {}
+        self._send_every = send_every
 
     def where(self) -> str:
-        """This process, and the GPUs that it was given."""
+        """This process, and the GPUs that it was given.
+
+        Raises:
+            WorkersError: the folder that tasks share is not here.
+        """
+        if not self.place.root.is_dir():
+            raise WorkersError(f"{self.place.root} is not on {here()}: use a folder that all machines share, or --collect")
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return here() + (f", GPU {', '.join(gpus)}" if gpus else "")
 
@@ -71,7 +77,7 @@ class _Worker:
             pass
         with ThreadPoolExecutor(1) as thread:
             working = thread.submit(self.do, task)
-            while not wait([working], timeout=_SEND_EVERY).done:
+            while not wait([working], timeout=self._send_every).done:
                 yield from changes(self.place.root, task.folder, self._sent)
         yield from changes(self.place.root, task.folder, self._sent)
         yield working.result()
@@ -126,7 +132,8 @@ class OnRay:
         if self._begun:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            new: dict[str, Any] = {} if address or "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
+            address = address or os.environ.get("RAY_ADDRESS") or "local"  # which is Ray's word for a new one
+            new: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
             try:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **new)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -173,8 +180,13 @@ class OnRay:
         """What a worker's call has come to, where that is more than a piece or its being there."""
         try:
             answer = ray.get(next(worker.call) if self.collect and worker.task else worker.call)
-        except RayError as error:
+        except RayTaskError as error:
+            if worker.task is None:
+                raise WorkersError(f"a worker cannot begin: {last_lines(error)}") from None
             return self._lost(worker, last_lines(error))
+        except RayError as error:  # whose first lines say it
+            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
+            return self._lost(worker, f"{type(error).__name__}: " + "\n".join(lines[:3]))
         if isinstance(answer, Piece):
             receive(self.root, answer)
             return None
@@ -208,9 +220,9 @@ class OnRay:
         self._dismiss(worker)
         if worker.task is not None:
             return self._ended(worker, 0, 0, None, reason)
-        self._misfits += 1
-        if self._misfits == TRIES:
-            raise WorkersError(f"{TRIES} workers one after another could not be begun: {reason}")
+        self._misfits += 1  # a machine may go with all that were about to begin on it
+        if self._misfits == _MISFITS:
+            raise WorkersError(f"{_MISFITS} workers one after another ended before they had begun: {reason}")
         return None
 
     def _dismiss(self, worker: _Hired) -> None:
@@ -221,32 +233,31 @@ class OnRay:
             ray.kill(worker.actor)
 
     def _hire(self) -> None:
-        """As many workers as there are tasks for and the cluster has room for; those that nothing is left for make room."""
-        idle_or_coming: dict[Key, int] = {}
-        coming = 0
-        for worker in self._hired:
-            if worker.task is None:
-                idle_or_coming[worker.key] = idle_or_coming.get(worker.key, 0) + 1
-                coming += worker.call is not None
+        """As many workers as there are tasks for and the cluster has room for; those that nothing is left for make room.
+
+        One more than there is room for waits its turn: for a worker that goes, or a cluster that grows when it is asked.
+        """
+        free = Counter(worker.key for worker in self._hired if worker.task is None)
+        coming = sum(worker.task is None and worker.call is not None for worker in self._hired)
         for key, queue in self._waiting.items():
             if queue:
-                wanted = min(len(queue) - idle_or_coming.get(key, 0), self._room(key[1]) - coming)
-                for _ in range(wanted):
+                room = max(self._room(key[1]) - len(self._hired), 1 - coming)
+                for _ in range(min(len(queue) - free[key], room)):
                     self._hired.append(self._new(key))
-                coming += max(0, wanted)
+                    coming += 1
         if coming:
             for worker in list(self._hired):
                 if worker.task is None and not self._waiting.get(worker.key):
                     self._dismiss(worker)
 
     def _room(self, resources: Resources) -> int:
-        """How many workers the whole cluster has room for; one at least, for clusters that grow when they are asked."""
+        """How many such workers the whole cluster has room for."""
         asked = {"GPU": resources.num_gpus, "CPU": resources.num_cpus or 1, "memory": resources.memory or 0}
         looked, there = self._capacity
         if time.monotonic() - looked > _PULSE:
             there = ray.cluster_resources()
             self._capacity = time.monotonic(), there
-        return max(1, min(int(there.get(kind, 0) / amount + 1e-9) for kind, amount in asked.items() if amount))
+        return min(int(there.get(kind, 0) / amount + 1e-9) for kind, amount in asked.items() if amount)
 
     def _new(self, key: Key) -> _Hired:
         resources = key[1]
@@ -256,7 +267,7 @@ class OnRay:
             asked["memory"] = resources.memory
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         root = None if self.collect else str(self.root)
-        actor = _Worker.options(**asked).remote(root, max(1, int(cpus)), environment)  # type: ignore[attr-defined]
+        actor = _Worker.options(**asked).remote(root, max(1, int(cpus)), environment, _SEND_EVERY)  # type: ignore[attr-defined]
         return _Hired(actor, key, actor.where.remote())
 
     def _parcel(self, worker: _Hired, task: Task) -> Parcel:

@@ -18,7 +18,7 @@ from ..bench.schema import SEQUENTIAL, SINGLE, Cell, in_batches
 from ..devices import device_name
 from ..easyedit.host import HostError
 from ..easyedit.hparams import load_hparams, set_dtype
-from ..easyedit.loading import loading
+from ..easyedit.loading import check_device, loading
 from ..easyedit.methods import check_method
 from ..method.asking import CONTEXTS
 from ..method.config import DTYPES, HParamsError, read_yaml
@@ -171,6 +171,19 @@ def _plan(config: Mapping[str, Any], folder: Path, device: str | None) -> Plan:
         plan.resources[model] = _resources(config, model, [plan.hparams[c.name] for c in plan.cells if c.name in plan.hparams])
     plan.check_files()
     return plan
+
+
+def check_devices(plan: Plan, here: bool) -> None:
+    """Whether the cells' devices can be had: by this machine, or on a cluster.
+
+    Raises:
+        HostError, SweepError: they cannot.
+    """
+    for device in {str(hparams.device): hparams.device for hparams in plan.hparams.values()}.values():
+        if here:
+            check_device(device)
+        elif re.fullmatch(r"cuda:[1-9].*", device_name(device)):
+            raise SweepError(f"device is {device!r}; allowed on a cluster: cuda, where Ray gives a cell GPUs of its own")
 
 
 def _load_all(plan: Plan, device: str | None, dtype: str | None) -> None:

@@ -210,10 +210,10 @@ def connect(address: str | None, root: Path, collect: bool = False) -> Iterator[
     Raises:
         WorkersError: there is no such cluster, or Ray is not installed.
     """
-    if address == "local" or (address is None and not has_ray()):
+    if runs_here(address):
         yield Here(root)
         return
-    if not has_ray():
+    if not _has_ray():
         raise WorkersError(f"address is {address!r}, and Ray is not installed: pip install -e '.[ray]'; or --address local")
     from .on_ray import OnRay
 
@@ -224,6 +224,10 @@ def connect(address: str | None, root: Path, collect: bool = False) -> Iterator[
         workers.close()
 
 
-def has_ray() -> bool:
-    """Whether Ray is installed."""
+def runs_here(address: str | None) -> bool:
+    """Whether an address means this process."""
+    return address == "local" or (address is None and not _has_ray())
+
+
+def _has_ray() -> bool:
     return importlib.util.find_spec("ray") is not None
