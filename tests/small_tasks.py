@@ -20,12 +20,3 @@ def square(place: Place, value: int, trouble: str = "") -> int:
         raise ValueError(f"{value} will not do")
     time.sleep(0.1)
     return value * value
-
-
-def together(place: Place, number: int, of: int) -> None:
-    """Ends when so many of these tasks run at the same time."""
-    (place.root / f"here-{number}").touch()
-    end = time.monotonic() + 60
-    while len(list(place.root.glob("here-*"))) < of:
-        assert time.monotonic() < end
-        time.sleep(0.02)

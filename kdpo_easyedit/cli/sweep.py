@@ -75,7 +75,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                     more = "begun again" if event.state == "again" else "given up"
                     errors.print(f"{event.task.name}: {more} after try {event.tries}\n{event.error}", soft_wrap=True)
                 elif options.quiet:
-                    errors.print(f"{event.task.name}: {event.state}", soft_wrap=True)
+                    took = f" in {event.seconds:.1f} s" if event.state == "done" else f" by {event.where}"
+                    loaded = ", of which a model was loaded" if event.loads else ""
+                    errors.print(f"{event.task.name}: {event.state}{took}{loaded}", soft_wrap=True)
     states = [cell.state for cell in sweep.cells.values()]
     failed = [cell for cell in sweep.cells.values() if cell.state == "failed"]
     for cell in failed:
