@@ -28,7 +28,7 @@ def test_a_wheel_carries_every_yaml_and_the_reports_template(wheel):
     carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".yaml")}
     provided = {f"kdpo_easyedit/hparams_yaml/{p.relative_to(ROOT / 'hparams')}" for p in (ROOT / "hparams").rglob("*.yaml")}
     spaces = {str(p.relative_to(ROOT)) for p in (ROOT / "kdpo_easyedit" / "sweep" / "spaces").glob("*.yaml")}
-    assert carried == provided | spaces and len(provided) > 50 and len(spaces) == 17
+    assert carried == provided | spaces and len(provided) > 50 and len(spaces) == 19
     assert "kdpo_easyedit/report/report.html" in zipfile.ZipFile(wheel).namelist()
 
 
