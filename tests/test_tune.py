@@ -182,6 +182,8 @@ def test_the_present_settings_may_be_written_over_and_the_study_goes_on(tuned, t
         (found,) = tune(
             ["KDPO"], replace(mine, trials=trials), tmp_path / "t", Here(tmp_path / "t"), tmp_path / "hparams", overwrite=True
         )
+        source.write_text(source.read_text() + "sequential_lr_scale: 0.7\n")
+    assert read_yaml(tmp_path / "t" / "mine" / "KDPO" / "present.yaml") == read_yaml(HPARAMS_DIR / "KDPO" / "world.yaml")
     assert found.trials == 2 and found.file == source and "2 trials" in source.read_text()
 
 

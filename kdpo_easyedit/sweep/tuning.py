@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -209,18 +210,17 @@ class _Study:
 
     def __init__(self, method: str, tuning: Tuning, folder: Path, file: Path, overwrite: bool) -> None:
         self.method, self.tuning, self.folder, self.file, self.overwrite = method, tuning, folder, file, overwrite
-        self.source = find_hparams(method, tuning.hparams)
+        self.source, self.kept = find_hparams(method, tuning.hparams), folder / "present.yaml"
+        if self.kept.exists() and self.source.resolve() == file.resolve():  # which may be written over by now
+            self.source = self.kept
         self.present = read_yaml(self.source)
-        record = folder / "run.json"
-        if record.exists() and self.source.resolve() == file.resolve():  # the present settings are those of the first call
-            self.present = json.loads(record.read_text(encoding="utf-8"))["present"]
         self.hparams = self._load({})
         check_method(self.hparams, sequential=any(protocol != SINGLE for protocol in tuning.protocols))
         self._results: dict[int, dict[str, Any]] = {}
         self._batch: list[int] = []
 
     def _load(self, settings: Mapping[str, Any]) -> Any:
-        hparams = load_hparams(self.method, self.source, {**self.present, **settings})
+        hparams = load_hparams(self.method, self.source, settings)
         if self.tuning.device:
             hparams.device = self.tuning.device
         if self.tuning.dtype:
@@ -262,6 +262,9 @@ class _Study:
             "versions": {**versions(), "optuna": version("optuna")},
         }
         with RunFolder(self.folder, settings, anew="remove this one"):
+            if not self.kept.exists():
+                with whole(self.kept) as unfinished:
+                    shutil.copyfile(self.source, unfinished)
             Journal(self.folder / _JOURNAL)  # a last line that was cut off is dropped
             set_verbosity(WARNING)
             storage = JournalStorage(JournalFileBackend(str(self.folder / _JOURNAL)))
@@ -305,7 +308,8 @@ class _Study:
             self._fail(trial.number, trial, str(error))
             return None
         root = self.folder.parent.parent
-        before = f"{self.tuning.name}/before-{_digest([self.tuning.requests, self.tuning.seed])[:8]}"
+        of_before = [self.tuning.requests, self.tuning.seed, loading(hparams), versions()]
+        before = f"{self.tuning.name}/before-{_digest(of_before)[:8]}"
         folder = self.folder.relative_to(root) / "trials" / f"{trial.number:03d}"
         return _Work(Method(self.method, hparams), self.tuning, folder.as_posix(), before)
 
