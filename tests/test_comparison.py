@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_host import arguments
 
 from kdpo_easyedit import HParamsError
-from kdpo_easyedit.bench import measuring
+from kdpo_easyedit.bench import measuring, protocols
 from kdpo_easyedit.bench.datasets import DatasetError
 from kdpo_easyedit.bench.measuring import per_edit, summarise
 from kdpo_easyedit.bench.protocols import Method, ablation, compare
@@ -70,7 +70,7 @@ def test_what_easyedit_prints_and_writes_is_in_the_runs_folder(run, capfd):
     assert "Executing FT algo for" in log and "MEMIT request sample" in log
     assert capfd.readouterr().out == ""
     names = ("KDPO", "FT", "ROME", "MEMIT")
-    expected = {".lock", "logs", "run.json", "before.jsonl", "summary.json", "curve.json", "tests.json"}
+    expected = {".lock", "logs", "run.json", "before.jsonl", "measuring.jsonl", "summary.json", "curve.json", "tests.json"}
     expected |= {"easyedit-summary.json"} if on_main() else set()
     for name in names:
         expected |= {f"{name}-{p}.jsonl" for p in (SINGLE, SEQUENTIAL)}
@@ -109,6 +109,34 @@ def test_sequential_edits_are_measured_on_the_final_model(run, methods, requests
         assert mine["post"]["rephrase_acc"] == pytest.approx(other["rephrase_acc"])
 
 
+def test_single_edits_measured_together_have_the_figures_of_each_alone(run, methods, requests, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocols, "runs_by_rows", lambda *_: False)
+    apart = compare(methods, requests[:N], [SINGLE], tmp_path)
+    together = [row for row in run[0].rows if row.protocol == SINGLE]
+    for one, other in zip(apart.rows, together, strict=True):
+        assert all(getattr(one, measure) == getattr(other, measure) for measure in MEASURES)
+        assert one.further == pytest.approx(other.further, abs=1e-3)  # probabilities among them
+    for method in methods:
+        one, other = (json.loads((f / f"metrics-{method.name}-single.json").read_text()) for f in (tmp_path, run[1]))
+        for key in ("rewrite", "rephrase", "tokens"):
+            assert [entry["post"]["generated"][key] for entry in one] == [entry["post"]["generated"][key] for entry in other]
+        assert [entry["post"]["locality"] for entry in one] == [entry["post"]["locality"] for entry in other]
+
+
+def test_single_edits_of_which_some_cannot_be_measured_with_others(run, methods, requests, tmp_path, monkeypatch):
+    asked = []
+
+    def sometimes(model, names):
+        asked.append(names)
+        return len(asked) not in (2, 3)
+
+    monkeypatch.setattr(protocols, "runs_by_rows", sometimes)
+    (row,) = compare(methods[:1], requests[:N], [SINGLE], tmp_path).rows
+    assert all(getattr(row, measure) == getattr(run[0].rows[0], measure) for measure in MEASURES) and len(asked) == N + 1
+    lines = [json.loads(line)["what"] for line in (tmp_path / "measuring.jsonl").read_text().splitlines()]
+    assert lines == ["before", "KDPO-single", "KDPO-single", "KDPO-single"]
+
+
 def test_kdpo_is_told_which_protocol_it_runs_under(methods, requests, tmp_path, monkeypatch):
     seen = []
     apply = host.ALG_DICT["KDPO"]
@@ -134,18 +162,19 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(methods, requests, lo
     before = state(model)
     method = Method("KDPO", in_place(methods[0].hparams))
     method.hparams.model_name = loaded
-    measured = measuring.measure_in_batches
+    edited = []
 
-    def failing(edited, *arguments, **options):
-        if not same_state(before, state(edited)):
-            raise RuntimeError("in the middle")
-        return measured(edited, *arguments, **options)
+    def failing(*_):
+        edited.append(not same_state(before, state(model)))
+        raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(measuring, "measure_in_batches", failing)
-    for protocol in (SINGLE, SEQUENTIAL):
+    monkeypatch.setattr(protocols, "measure_after", failing)
+    for protocol, by_rows in ((SINGLE, True), (SINGLE, False), (SEQUENTIAL, True)):
+        monkeypatch.setattr(protocols, "runs_by_rows", lambda *_, by_rows=by_rows: by_rows)
         with pytest.raises(RuntimeError, match="in the middle"):
-            compare([method], requests[:2], [protocol], tmp_path / protocol)
-        assert same_state(before, state(model))
+            compare([method], requests[:2], [protocol], tmp_path / f"{protocol}-{by_rows}")
+        assert same_state(before, state(model)) and not any("forward" in vars(module) for module in model.modules())
+    assert edited == [False, True, True]
 
 
 def test_the_ablation_changes_the_negatives_and_has_the_papers_steps(methods, requests, tmp_path):
@@ -270,7 +299,7 @@ def test_a_test_rejects_as_rarely_as_it_says():
 def test_a_run_has_its_tests_and_its_memory(run):
     comparison, folder = run
     assert json.loads((folder / "tests.json").read_text()) == [asdict(test) for test in comparison.tests]
-    assert len(comparison.tests) == 2 * 3 * len(MEASURES) and {test.against for test in comparison.tests} == {"KDPO"}
+    assert len(comparison.tests) == 2 * 3 * (len(MEASURES) - 2) and {test.against for test in comparison.tests} == {"KDPO"}
     metrics, of_kdpo = (
         from_json(EditMetrics, json.loads((folder / f"metrics-{name}-single.json").read_text())) for name in ("FT", "KDPO")
     )

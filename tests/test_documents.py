@@ -23,7 +23,7 @@ from kdpo_easyedit.report.tables import COLUMNS
 N = 3
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 #: Columns without figures are left out: no ordinary text is read here.
-MEASURED = COLUMNS.keys() - {"perplexity", "divergence"}
+MEASURED = COLUMNS.keys() - {"perplexity", "divergence", "judged_success", "judged_generalization"}
 HOSTILE = '</script><img src=x onerror=alert(1)> & "{data}" 100 % of_it'
 
 
@@ -136,7 +136,12 @@ class TestInABrowser:
 def test_the_markdown_has_bold_intervals_and_a_row_a_method(run):
     results = read_results([run])
     text = markdown(results)
-    tables = [line for line in text.splitlines() if line.startswith("|")]
+    main, *sheets = (
+        [line for line in part.splitlines() if line.startswith("|")]
+        for part in re.split(r"^(?=What the model can still do|Written answers|New answer)", text, flags=re.MULTILINE)
+    )
+    assert [sheet[0].split(" | ")[1] for sheet in sheets] == ["fluency, bits |", *["plain: did not stop"] * 2, *["ES"] * 2]
+    tables = main
     assert {line.count("|") for line in tables} == {len(MEASURED) + 2}
     assert [line.split("|")[1].strip() for line in tables] == ["method", "---", "(before)", "KDPO", "FT"] * 2
     row = next(row for row in results[0].comparison.rows if row.method == "KDPO")

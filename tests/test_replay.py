@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit import HParamsError, KDPOHyperParams, apply_kdpo_to_model, execute_kdpo
 from kdpo_easyedit.method.preference import pair_margin, preference_loss
-from kdpo_easyedit.method.replay import Suffix, forward_as, frozen
+from kdpo_easyedit.method.replay import Suffix, forward_as, frozen, projecting_by_rows, runs_by_rows
 from kdpo_easyedit.method.weights import read, write
 
 COMMON = {
@@ -616,3 +616,42 @@ def test_quantised_models_are_to_be_loaded_dense(llama, how):
             projection.weight = nn.Parameter(projection.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(HParamsError, match=r"down_proj, a Linear .*loaded dense: by from_pretrained"):
         apply_kdpo_to_model(model, tok, [REQUEST], hparams)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, biases", "gpt2", "gpt-j", "opt"])
+def test_every_row_runs_with_weights_of_its_own(name):
+    config, arguments, (layer, projection) = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**arguments)).eval()
+    names = [f"{layer.format(number)}.{projection}.weight" for number in (1, 2)]
+    variants = [
+        {key: weight + torch.randn_like(weight) * 0.05 for key, weight in read(model, its).items()}
+        for its in (names, names[:1])
+    ]
+    variants.append({})  # of an edit that could not be made
+    ids, before = torch.randint(101, (5, 9)), state(model)
+    with torch.no_grad(), projecting_by_rows(model, variants) as rows_are:
+        rows_are([1, 0, 2, 1, 0])
+        together = model(ids).logits
+        rows_are([0, 2])
+        fewer = model(ids[:2]).logits
+    assert same_state(before, state(model)) and not any("forward" in vars(module) for module in model.modules())
+    alone = []
+    for variant in variants:
+        write(model, variant)
+        with torch.no_grad():
+            alone.append(model(ids).logits)
+        write(model, {key: before[key] for key in variant})
+    for row, variant in enumerate([1, 0, 2, 1, 0]):
+        assert torch.allclose(together[row], alone[variant][row], atol=1e-5)
+    assert torch.allclose(fewer, torch.stack([alone[0][0], alone[2][1]]), atol=1e-5)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2)
+
+
+def test_what_is_no_plain_linear_layer_cannot_run_by_rows():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**COMMON))
+    assert runs_by_rows(model, ["model.layers.0.mlp.down_proj.weight"]) and runs_by_rows(model, [])
+    assert not runs_by_rows(model, ["model.embed_tokens.weight"])
+    with forward_as(model.model.layers[0].mlp.down_proj, lambda x: x):
+        assert not runs_by_rows(model, ["model.layers.0.mlp.down_proj.weight"])

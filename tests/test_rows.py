@@ -162,7 +162,9 @@ def test_a_run_that_is_called_again_keeps_what_every_checkpoint_read(kdpo, reque
 
 def test_retention_is_the_mean_of_each_tenth_oldest_first():
     entries = [EditMetrics(n, {}, {}, {"rewrite_acc": [float(n >= 10)]}) for n in range(20)]
-    assert retention(entries) == [0.0] * 5 + [100.0] * 5 and retention(entries[:9]) == []
+    tenths = retention(entries)
+    assert [mean for mean, _, _ in tenths] == [0.0] * 5 + [100.0] * 5 and retention(entries[:9]) == []
+    assert all(low <= mean <= high for mean, low, high in tenths) and retention(entries[:10]) == [[0.0]] * 10
 
 
 def test_rankings_that_flip_are_told_in_words():

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .batches import Batching, in_batches, logits_at, network, running
 from .measuring import batching_for
+from .significance import ratio_interval
+from .tasks import Tasks
 
 #: How much text is read, in tokens, and in passages of at most how many.
 TOKENS, PASSAGE = 2000, 128
@@ -25,21 +27,37 @@ class Reading:
 
     Attributes:
         loss: of every token that is predicted, −log π(token | the passage up to there), in nats; float32, ``[N]``.
-        distributions: log π of all tokens at every 32nd of these positions; float32, ``[N / 32, V]``, on the CPU.
+        distributions: log π of all tokens at every 32nd of a passage's; float32, ``[M, V]``, on the CPU.
+        sizes: how many of either a passage has, in their order.
     """
 
     loss: Tensor
     distributions: Tensor
+    sizes: Sequence[tuple[int, int]]
 
     @property
     def perplexity(self) -> float:
         """e to the mean loss."""
         return math.exp(self.loss.double().mean().item())
 
+    @property
+    def perplexity_interval(self) -> list[float]:
+        """Its 95 % confidence interval, by bootstrap over the passages."""
+        positions = [size for size, _ in self.sizes]
+        return [math.exp(end) for end in ratio_interval([of.sum().item() for of in self.loss.split(positions)], positions)]
+
     def divergence(self, before: Reading) -> float:
         """The mean of KL(before ‖ this) over the compared positions, in nats: how far next-token distributions have moved."""
+        return self._divergences(before).mean().item()
+
+    def divergence_interval(self, before: Reading) -> list[float]:
+        """Its 95 % confidence interval, by bootstrap over the passages."""
+        compared = [size for _, size in self.sizes]
+        return ratio_interval([of.sum().item() for of in self._divergences(before).split(compared)], compared)
+
+    def _divergences(self, before: Reading) -> Tensor:
         old, new = before.distributions, self.distributions
-        return (old.exp() * (old - new)).sum(-1).mean().item()
+        return (old.exp() * (old - new)).sum(-1)
 
 
 def read(model: Any, tok: Any, texts: Sequence[str], tokens: int = TOKENS, batching: Batching = Batching()) -> Reading:
@@ -79,7 +97,8 @@ def read(model: Any, tok: Any, texts: Sequence[str], tokens: int = TOKENS, batch
 
     with running(model, batching):
         read = in_batches(run, list(map(len, passages)), batching.tokens or 512, 1 if batching.one_by_one else None)
-    return Reading(torch.cat([loss for loss, _ in read]), torch.cat([distribution for _, distribution in read]))
+    losses, distributions = zip(*read)
+    return Reading(torch.cat(losses), torch.cat(distributions), [(len(a), len(b)) for a, b in read])
 
 
 @dataclass(frozen=True)
@@ -88,13 +107,28 @@ class Ability:
 
     Attributes:
         texts: what they read.
-        before: how the unedited model read it.
+        before: how the unedited model read it; None without texts.
+        tasks: what they are asked beside that.
     """
 
     texts: Sequence[str]
-    before: Reading
+    before: Reading | None
+    tasks: Tasks | None
 
-    def left_in(self, model: Any, tok: Any) -> dict[str, float]:
-        """An edited model's ``perplexity``, and its ``divergence`` from the unedited one."""
-        now = read(model, tok, self.texts, batching=batching_for(model))
-        return {"perplexity": round(now.perplexity, 4), "divergence": round(now.divergence(self.before), 6)}
+    @classmethod
+    def of(cls, model: Any, tok: Any, texts: Sequence[str], tasks: Tasks | None) -> Ability:
+        """What a model that is not edited can do."""
+        return cls(texts, read(model, tok, texts) if texts else None, tasks)
+
+    def left_in(self, model: Any, tok: Any, edited: bool = True) -> dict[str, Any]:
+        """What a model can do, as fields of a :class:`.schema.Summary`, with ``intervals``: its ``perplexity``, where it is
+        edited its ``divergence`` from the unedited one, and its scores."""
+        found: dict[str, Any] = self.tasks.measured(model, tok) if self.tasks else {"further": {}, "intervals": {}}
+        if self.before:
+            now = read(model, tok, self.texts, batching=batching_for(model)) if edited else self.before
+            found["perplexity"] = round(now.perplexity, 4)
+            found["intervals"]["perplexity"] = [round(end, 4) for end in now.perplexity_interval]
+            if edited:
+                found["divergence"] = round(now.divergence(self.before), 6)
+                found["intervals"]["divergence"] = [round(end, 6) for end in now.divergence_interval(self.before)]
+        return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -38,12 +38,20 @@ class Batching:
         one_by_one: for models that decide at every run, for all rows alike and padding included, whether an edit is asked for.
         decide_at: with ``one_by_one``, called before every prompt with the model and the place of the token to decide by:
             the prompt's last, counted from 0; -1 while text is written, the last of what the model is given.
+        rows_are: called before every run with the numbers of the items that are its rows, where these go through
+            different edits (:func:`kdpo_easyedit.method.replay.projecting_by_rows`).
     """
 
     tokens: int | None = None
     rows: int | None = None
     one_by_one: bool = False
     decide_at: Callable[[Any, int], None] | None = None
+    rows_are: Callable[[Sequence[int]], None] | None = None
+
+    def of(self, owners: Sequence[int]) -> Batching:
+        """The same for items of which each belongs to one of the items that this is for."""
+        told = self.rows_are
+        return replace(self, rows_are=told and (lambda items: told([owners[item] for item in items])))
 
 
 BY_DEVICE = Batching()

@@ -42,6 +42,14 @@ def have_companions(hparams_name: str) -> bool:
     return hparams_name in world.RECIPES or hparams_name in packed.MODELS
 
 
+def held_out_text() -> Sequence[str]:
+    """Openings of Wikipedia articles for perplexity; none where the wheel that has them is not installed."""
+    try:
+        return packed.wikipedia_openings("perplexity")
+    except packed.ModelError:
+        return ()
+
+
 def companions(hparams_name: str, quiet: bool = False) -> Companions:
     """What comes with a model; a world is built for it.
 

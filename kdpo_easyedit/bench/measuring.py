@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from ..method.preference import edit_tokens, teacher_forced_negatives
 from .answers import answers, exact
 from .batches import Batching
 from .datasets import DatasetError, Request
+from .metrics import harmonic_score, probe, rephrasings, with_locality
 from .metrics import measure as measure_in_batches
-from .metrics import rephrasings, with_locality
 from .schema import FOUR, MEASURES, EditMetrics, Metrics, Summary
 from .significance import joint_interval, mean_interval, share_interval
 from .writing import write_answers
@@ -36,23 +36,36 @@ class Measuring:
         contexts: how written answers are asked for (:mod:`..method.asking`); the first one's are those of the tables. Without
             any, nothing is written.
         fluency: whether texts are written for it, which takes longer than all else.
+        probes: whether negation and contradiction are probed.
     """
 
     engine: str = "batched"
     contexts: tuple[str, ...] = ("plain",)
     fluency: bool = True
+    probes: bool = False
 
 
-def measure(editor: Any, model: Any, requests: Sequence[Request], seed: int, how: Measuring = Measuring()) -> list[Metrics]:
+def measure(
+    editor: Any,
+    model: Any,
+    requests: Sequence[Request],
+    seed: int,
+    how: Measuring = Measuring(),
+    rows_are: Callable[[Sequence[int]], None] | None = None,
+) -> list[Metrics]:
     """EasyEdit's metrics of every request; beside them, what the model writes on its own, and whether that is the target.
+
+    Args:
+        rows_are: where every request is measured on an edit of its own, see :class:`.batches.Batching`.
 
     Returns:
         For each request what :func:`.metrics.measure` gives, and ``generated``: of ``rewrite`` and ``rephrase`` the texts, one
         a prompt, whether each begins with the target (``…_acc``), is the target (``…_exact``) and ended by itself
-        (``…_stopped``); for other contexts than the first, the same under ``generated_CONTEXT``.
+        (``…_stopped``), with the ``tokens`` and the ``seconds`` that they took in all; for other contexts than the first, the
+        same under ``generated_CONTEXT``; with probes, ``probes`` as :func:`.metrics.probe` gives them.
     """
     tok = editor.tok
-    batching = batching_for(model)
+    batching = replace(batching_for(model), rows_are=rows_are)
     if how.engine == "easyedit":
         measured = []
         for request in requests:
@@ -69,7 +82,8 @@ def measure(editor: Any, model: Any, requests: Sequence[Request], seed: int, how
     targets = [requests[number]["target_new"] for number, _, _ in asked]
     for context in how.contexts:
         key = "generated" if context == how.contexts[0] else f"generated_{context}"
-        written = write_answers(model, tok, [prompt for _, _, prompt in asked], targets, context, batching=batching)
+        prompts, owners = [prompt for _, _, prompt in asked], [number for number, _, _ in asked]
+        written = write_answers(model, tok, prompts, targets, context, batching=batching.of(owners))
         for (number, kind, _), answer, target in zip(asked, written, targets):
             texts = measured[number].setdefault(key, {})
             for name, value in (
@@ -79,6 +93,11 @@ def measure(editor: Any, model: Any, requests: Sequence[Request], seed: int, how
                 (f"{kind}_stopped", float(answer.stopped)),
             ):
                 texts.setdefault(name, []).append(value)
+            texts["tokens"] = texts.get("tokens", 0) + answer.tokens
+            texts["seconds"] = round(texts.get("seconds", 0.0) + answer.seconds, 6)
+    if how.probes:
+        for quality, found in zip(measured, probe(model, tok, requests, batching)):
+            quality["probes"] = found
     return measured
 
 
@@ -93,10 +112,15 @@ def by_easyedit(editor: Any, model: Any, request: Request, fluency: bool = True)
 
 
 def measure_after(
-    editor: Any, model: Any, entries: Sequence[EditMetrics], seed: int, how: Measuring = Measuring()
+    editor: Any,
+    model: Any,
+    entries: Sequence[EditMetrics],
+    seed: int,
+    how: Measuring = Measuring(),
+    rows_are: Callable[[Sequence[int]], None] | None = None,
 ) -> list[Metrics]:
     """:func:`measure` of an edited model, with locality: the share of tokens that it says as it did before the edit."""
-    measured = measure(editor, model, [entry.requested_rewrite for entry in entries], seed, how)
+    measured = measure(editor, model, [entry.requested_rewrite for entry in entries], seed, how, rows_are)
     return [with_locality(entry.pre, post) for entry, post in zip(entries, measured)]
 
 
@@ -115,7 +139,7 @@ def per_edit(metrics: Sequence[EditMetrics], phase: str) -> dict[str, list[float
         return [score for key, scores in getattr(entry, phase)[name].items() if key.endswith("_acc") for score in scores]
 
     def written(key: str) -> list[float | None]:
-        return [mean(getattr(entry, phase).get("generated", {}).get(key, [])) for entry in metrics]
+        return [mean(_known(getattr(entry, phase).get("generated", {}).get(key, []))) for entry in metrics]
 
     return {
         "edit_success": [mean(getattr(entry, phase)["rewrite_acc"]) for entry in metrics],
@@ -127,6 +151,8 @@ def per_edit(metrics: Sequence[EditMetrics], phase: str) -> dict[str, list[float
         "generated_generalization": written("rephrase_acc"),
         "exact_success": written("rewrite_exact"),
         "exact_generalization": written("rephrase_exact"),
+        "judged_success": written("rewrite_judged"),
+        "judged_generalization": written("rephrase_judged"),
         **{
             name: [mean(getattr(entry, phase).get("probabilities", {}).get(kind, {}).get("scores", [])) for entry in metrics]
             for name, kind in (("es", "success"), ("ps", "paraphrase"), ("ns", "neighborhood"))
@@ -136,6 +162,43 @@ def per_edit(metrics: Sequence[EditMetrics], phase: str) -> dict[str, list[float
             entry.memory / 1e6 if phase == "post" and entry.memory is not None else None for entry in metrics
         ],
     }
+
+
+def further_per_edit(metrics: Sequence[EditMetrics], phase: str) -> dict[str, list[float | None]]:
+    """The measures of every edit that stand under ``further`` in a :class:`Summary`, but for those of whole models."""
+    phases = [getattr(entry, phase) for entry in metrics]
+
+    def mean(scores: Any) -> float | None:
+        return 100 * float(np.mean(scores)) if np.size(scores) else None
+
+    found: dict[str, list[float | None]] = {}
+    for key in dict.fromkeys(key for of in phases for key in of if key.startswith("generated")):
+        context = key.removeprefix("generated")
+        texts = [of.get(key, {}) for of in phases]
+        stopped = [text.get("rewrite_stopped", []) + text.get("rephrase_stopped", []) for text in texts]
+        found[f"unstopped{context}"] = [mean([1 - one for one in of]) for of in stopped]
+        if context:
+            for name, kind in _WRITTEN.items():
+                found[f"{name}{context}"] = [mean(text.get(kind, [])) for text in texts]
+    for name, kind in (("em", "success"), ("pm", "paraphrase"), ("nm", "neighborhood")):
+        found[name] = [mean(of.get("probabilities", {}).get(kind, {}).get("magnitudes", [])) for of in phases]
+    for name in ("negation", "contradiction"):
+        found[name] = [mean(of.get("probes", {}).get(name, [])) for of in phases]
+    return {name: values for name, values in found.items() if any(value is not None for value in values)}
+
+
+# The measures of written answers, and their names in the metrics.
+_WRITTEN = {
+    "generated_success": "rewrite_acc",
+    "exact_success": "rewrite_exact",
+    "generated_generalization": "rephrase_acc",
+    "exact_generalization": "rephrase_exact",
+}
+
+
+def _known(scores: Any) -> Any:
+    """Scores without those that are not known; in version 1 there is one, and no list."""
+    return [score for score in scores if score is not None] if isinstance(scores, list) else scores
 
 
 def summarise(method: str, protocol: str, metrics: Sequence[EditMetrics], phase: str) -> Summary:
@@ -157,19 +220,42 @@ def summarise(method: str, protocol: str, metrics: Sequence[EditMetrics], phase:
         means["mean"] = round(float(sum(means_of_four) / len(means_of_four)), 4)
         if len(metrics) > 1:
             intervals["mean"] = joint_interval([by_edit[key] for key in FOUR])
+    shares = [by_edit[key] for key in ("es", "ps", "ns") if means[key] is not None]
+    by_edit_further = further_per_edit(metrics, phase)
+    further = {}
+    for key, of_edits in by_edit_further.items():
+        known = [value for value in of_edits if value is not None]
+        further[key] = round(float(np.mean(known)), 4)
+        if len(known) > 1:
+            intervals[key] = (mean_interval if key in ("em", "pm", "nm") else share_interval)(known)
+    if shares:
+        further["score"] = round(harmonic_score([means[key] for key in ("es", "ps", "ns") if means[key] is not None]), 4)  # type: ignore[misc]
+        if len(metrics) > 1:
+            intervals["score"] = joint_interval(shares, harmonic_score)
+    if phase == "post":
+        for key, centre_of in (("seconds_per_edit", np.mean), ("megabytes_per_edit", np.median)):
+            if len(values[key]) > 1:
+                intervals[key] = mean_interval(values[key], centre=centre_of)
+    written = [getattr(entry, phase).get("generated", {}) for entry in metrics]
+    seconds = sum(text.get("seconds", 0) for text in written)
+    means["tokens_per_second"] = round(sum(text.get("tokens", 0) for text in written) / seconds, 1) if seconds else None
     once = [entry.once for entry in metrics if entry.once is not None] if phase == "post" else []
     means["once_seconds"] = round(sum(once), 4) if once else None
     failed = sum(entry.error is not None for entry in metrics) if phase == "post" else 0
-    return Summary(method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, failed=failed, **means)
+    return Summary(
+        method=method, protocol=protocol, n_edits=len(metrics), intervals=intervals, failed=failed, further=further, **means
+    )
 
 
-def retention(metrics: Sequence[EditMetrics], parts: int = 10) -> list[float]:
-    """Edit success in percent by age, measured when all edits of a sequence were made: the mean of each tenth, oldest first.
+def retention(metrics: Sequence[EditMetrics], parts: int = 10) -> list[list[float]]:
+    """Edit success in percent by age, measured when all edits of a sequence were made: of each tenth, oldest first, the mean,
+    and where the tenth has several edits the ends of its 95 % confidence interval.
 
     Empty where there are fewer edits than parts.
     """
-    success = [float(np.mean(entry.post["rewrite_acc"])) for entry in metrics]
-    return [round(100 * float(np.mean(part)), 2) for part in np.array_split(success, parts)] if len(success) >= parts else []
+    success = [100 * float(np.mean(entry.post["rewrite_acc"])) for entry in metrics]
+    tenths = np.array_split(success, parts) if len(success) >= parts else []
+    return [[round(float(np.mean(of)), 2), *(share_interval(of.tolist()) if len(of) > 1 else ())] for of in tenths]
 
 
 def token_accuracy(model: Any, tok: Any, request: Request) -> float:

@@ -76,6 +76,7 @@ def measure(
         old_answers: whether to hold the new answer's probability against the old one's, which is ``ground_truth``; a request
             without one has no such figures.
         seed: of the texts that fluency is taken of.
+        batching: where it tells rows apart, items are the requests.
 
     Returns:
         For each request ``rewrite_acc``, and with rephrasings ``rephrase_acc``, each a list of a score a prompt; ``locality``
@@ -88,11 +89,17 @@ def measure(
         MetricsError: a prompt that the model has no room for.
     """
     asked = [_asked(request, old_answers) for request in requests]
-    pairs = list(dict.fromkeys(pair for of_request in asked for of in of_request.values() for pair in of))
-    said = dict(zip(pairs, teacher_forced(model, tok, pairs, batching)))
+    # One pass for what several requests ask, unless each is asked of an edit of its own.
+    apart = batching.rows_are is not None
+    owned = [
+        (number * apart, pair) for number, of_request in enumerate(asked) for pairs in of_request.values() for pair in pairs
+    ]
+    owned = list(dict.fromkeys(owned))
+    forced = teacher_forced(model, tok, [pair for _, pair in owned], batching.of([number for number, _ in owned]))
+    said = dict(zip(owned, forced))
     results: list[Metrics] = []
-    for of_request in asked:
-        found = {place: [said[pair] for pair in its] for place, its in of_request.items()}
+    for number, of_request in enumerate(asked):
+        found = {place: [said[number * apart, pair] for pair in its] for place, its in of_request.items()}
         result: Metrics = {"rewrite_acc": [], "locality": {}, "portability": {}}
         for (section, kind), answers in found.items():
             if section == "locality":
@@ -171,6 +178,8 @@ def teacher_forced(model: Any, tok: Any, pairs: Sequence[tuple[str, str]], batch
     def run(batch: list[int]) -> list[Said]:
         if batching.one_by_one and batching.decide_at:
             batching.decide_at(model, edits[batch[0]].prompt_length - 1)
+        if batching.rows_are:
+            batching.rows_are(batch)
         shape = len(batch), max(len(inputs[number]) for number in batch)
         input_ids, mask, wanted = (torch.zeros(shape, dtype=dtype) for dtype in (torch.long, torch.long, torch.bool))
         for row, number in enumerate(batch):
@@ -230,7 +239,38 @@ def against_old_answers(found: Mapping[tuple[str, str], Sequence[Said]]) -> Metr
 
 def harmonic_score(shares: Sequence[float]) -> float:
     """The harmonic mean of ES, PS and NS, their papers' score; 0 where one of them is 0."""
-    return len(shares) / sum(1 / share for share in shares) if all(shares) else 0.0
+    return float(len(shares) / sum(1 / share for share in shares)) if all(shares) else 0.0
+
+
+#: How a fact is denied, and how it is claimed, whatever the prompt's form.
+NEGATED, CLAIM = "The following is false: {prompt}", "{prompt} {answer}\nTrue or false? Answer:"
+
+
+def probe(model: Any, tok: Any, requests: Sequence[Request], batching: Batching = BY_DEVICE) -> list[Metrics]:
+    """Whether an edit stays with what it says: probes of negation and contradiction, of requests that have an old answer.
+
+    Returns:
+        For each request ``negation``, 1.0 where after the denied prompt the old answer is more probable than the new one, and
+        ``contradiction``, 1.0 where the model holds both answers to be true; empty without an old answer.
+    """
+    asked: list[tuple[str, str]] = []
+    for request in requests:
+        if old := request.get("ground_truth"):
+            prompt, answers = request["prompt"], (request["target_new"], old)
+            asked += [(NEGATED.format(prompt=prompt), answer) for answer in answers]
+            claims = [CLAIM.format(prompt=prompt, answer=answer) for answer in answers]
+            asked += [(claim, verdict) for claim in claims for verdict in ("True", "False")]
+    owners = [number for number, request in enumerate(requests) if request.get("ground_truth") for _ in range(6)]
+    said = iter(teacher_forced(model, tok, asked, batching.of(owners)))
+    found: list[Metrics] = []
+    for request in requests:
+        if not request.get("ground_truth"):
+            found.append({})
+            continue
+        new, old, *verdicts = (next(said).log_probability for _ in range(6))
+        both = verdicts[0] > verdicts[1] and verdicts[2] > verdicts[3]
+        found.append({"negation": float(old > new), "contradiction": float(both)})
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -41,12 +41,13 @@ from ..method import kdpo_c
 from ..method.config import HParamsError, KDPOHyperParams
 from ..method.contexts import contexts as own_contexts
 from ..method.kdpo import EditTrace
+from ..method.replay import projecting_by_rows, runs_by_rows
 from ..method.statistics import Text
 from ..method.weights import read, write
 from ..once import once_seconds
 from .ability import Ability
-from .ability import read as read_text
 from .datasets import Request
+from .judge import Judge, judged
 from .measuring import (
     Measuring,
     check_length,
@@ -74,6 +75,7 @@ from .schema import (
     to_json,
 )
 from .significance import paired_tests
+from .tasks import Tasks
 from .versions import versions
 
 LOG = logging.getLogger(__name__)
@@ -132,6 +134,7 @@ class Comparison:
         caveats: what has to be known of a method's figures, by method.
         left_out: of methods and protocols that do not go together, why, in words.
         memories: the methods that change no weights, and keep edits beside them.
+        spent: seconds of ``editing`` (what is made once included) and of ``measuring``.
     """
 
     before: Summary
@@ -142,6 +145,7 @@ class Comparison:
     caveats: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     memories: list[str] = field(default_factory=list)
+    spent: dict[str, float] = field(default_factory=dict)
 
 
 def compare(
@@ -161,6 +165,8 @@ def compare(
     ability_texts: Sequence[str] = (),
     loaded: tuple[Any, Any] | None = None,
     before: Path | None = None,
+    tasks: Tasks | None = None,
+    judge: tuple[str, str] | None = None,
 ) -> Comparison:
     """Run every method under every protocol. What is done is in ``folder`` at once; the same call again goes on from there.
 
@@ -193,6 +199,9 @@ def compare(
         ability_texts: ordinary text that no edit is about: sequences are measured by how well the model still reads it.
         loaded: the methods' model, unedited, and its tokenizer; left out, they are loaded.
         before: the folder in which :func:`measure_before` has measured that model on these edits; left out, it is done here.
+        tasks: what they are asked beside that.
+        judge: the address and the name of a model that judges written answers (:class:`.judge.Judge`). It may come to a run
+            later, and where it fails the run goes on without it.
 
     Raises:
         HostError: methods of different models, or a model or device that cannot be had.
@@ -206,7 +215,7 @@ def compare(
     methods = [Method(method.name, in_place(method.hparams)) for method in methods]
     if stats_text is not None:
         methods = [Method(method.name, with_text(method.hparams, stats_text)) for method in methods]
-    settings = settings_of(methods, requests, protocols, seed, eval_at, how, ability_texts)
+    settings = settings_of(methods, requests, protocols, seed, eval_at, how, ability_texts, tasks)
     checkpoints = settings["checkpoints"]
     caveats = {method.name: words for method in methods if (words := algorithms.caveat(method.hparams))}
     apart = left_out(methods, protocols)
@@ -217,6 +226,7 @@ def compare(
         "caveats": caveats,
         "left_out": list(apart.values()),
         "memories": memories,
+        "judge": judge,
     }
     with RunFolder(folder, settings, overwrite, about) as run, algorithms.output_to(folder):
         first = _first_editor(methods[0], loaded)
@@ -224,13 +234,17 @@ def compare(
         prepare(first.model, first.tok, [method.hparams for method in methods], stats_text, quiet)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
         journal = run.adopt("before.jsonl", before) if before else run.journal("before.jsonl")
-        unedited_metrics = _measure_before(journal, first, requests, seed, how, bar)
+        with run.measuring("before"):
+            unedited_metrics = _measure_before(journal, first, requests, seed, how, bar)
         unedited = summarise("(before)", "", unedited_metrics, "pre")
-        reading = None
-        if ability_texts and any(protocol != SINGLE for protocol in protocols):
-            reading = read_text(first.model, first.tok, ability_texts)
-            unedited = replace(unedited, perplexity=round(reading.perplexity, 4))
-        ability = Ability(ability_texts, reading) if reading else None
+        ability = None
+        if (ability_texts or tasks) and any(protocol != SINGLE for protocol in protocols):
+            with run.measuring("before"):
+                ability = Ability.of(first.model, first.tok, ability_texts, tasks)
+                able = run.read("ability-before.json") or ability.left_in(first.model, first.tok, edited=False)
+            run.write("ability-before.json", able)
+            unedited = with_ability(unedited, able)
+        judging = Judge(*judge, run.journal("judge.jsonl")) if judge else None
         result = Comparison(unedited, [], [], [], caveats=caveats, left_out=list(apart.values()), memories=memories)
         for protocol in protocols:
             for method in methods:
@@ -239,7 +253,7 @@ def compare(
                 editor = editor_of(method, first, protocol)
                 algorithms.set_memory()
                 if protocol == SINGLE:
-                    row = _edit_one_by_one(run, editor, unedited_metrics, method.name, seed, how, bar)
+                    row = _edit_one_by_one(run, editor, unedited_metrics, method.name, seed, how, judging, bar)
                 else:
                     entries, kept = unedited_metrics, (save_edits, save_model)
                     if protocol != SEQUENTIAL:
@@ -248,7 +262,7 @@ def compare(
                         entries = _shuffled(unedited_metrics, f"{seed} {protocol}")
                     measured_at = checkpoints if batch_size(protocol) == 1 else checkpoints[-1:]
                     rows = _edit_in_sequence(
-                        run, editor, entries, method.name, protocol, seed, how, ability, measured_at, bar, *kept
+                        run, editor, entries, method.name, protocol, seed, how, ability, judging, measured_at, bar, *kept
                     )
                     row = rows[-1]
                     if protocol == SEQUENTIAL:
@@ -260,6 +274,7 @@ def compare(
                 result.rows.append(row)
                 run.write("summary.json", to_json(result.rows))
         result.tests = _compare_rows(run, result.rows)
+        result.spent = run.spent([(row.method, row.protocol) for row in result.rows])
     return result
 
 
@@ -328,6 +343,7 @@ def settings_of(
     eval_at: Sequence[int] | None,
     how: Measuring,
     ability_texts: Sequence[str],
+    tasks: Tasks | None = None,
 ) -> dict[str, Any]:
     """Everything that the figures of :func:`compare` follow from, as its folder's ``run.json`` has it."""
     return {
@@ -337,7 +353,9 @@ def settings_of(
         "protocols": list(protocols),
         "checkpoints": sorted({n for n in eval_at or _powers_of_ten(len(requests)) if n < len(requests)} | {len(requests)}),
         "seed": seed,
-        "measuring": asdict(how) | {"ability": hashlib.sha256("\n".join(ability_texts).encode()).hexdigest()[:16]},
+        "measuring": asdict(how)
+        | {"ability": hashlib.sha256("\n".join(ability_texts).encode()).hexdigest()[:16]}
+        | ({"tasks": [*tasks.names], "limit": tasks.limit} if tasks else {}),
         "versions": versions(),
     }
 
@@ -389,23 +407,54 @@ def _measure_before(
 
 
 def _edit_one_by_one(
-    run: RunFolder, editor: Any, before: Sequence[EditMetrics], name: str, seed: int, how: Measuring, bar: Bar
+    run: RunFolder,
+    editor: Any,
+    before: Sequence[EditMetrics],
+    name: str,
+    seed: int,
+    how: Measuring,
+    judge: Judge | None,
+    bar: Bar,
 ) -> Summary:
-    """Single edits, each measured and taken back."""
+    """Single edits, each taken back, and each measured on its own model.
+
+    Where edits are changes of linear layers, several models are measured at once: they differ in those layers alone.
+    """
     journal = run.journal(f"{name}-{SINGLE}.jsonl")
+    apart = how.engine == "easyedit" or not algorithms.edits_weights(editor.hparams)
     with bar(total=len(before), initial=len(journal.entries), desc=f"{name}, single edits") as progress:
-        for entry in before[len(journal.entries) :]:
-            edit = _tried(editor, editor.model, entry.requested_rewrite, seed)
-            try:
-                (post,) = measure_after(editor, edit.model, [entry], seed, how)
-            finally:
-                algorithms.undo_edits(editor, edit.originals)
-            journal.append({"time": edit.seconds, "post": post, **edit.traces[0]})
-            progress.set_postfix_str(_running(journal.entries), refresh=False)
-            progress.update()
+        while rest := before[len(journal.entries) :]:
+            edits: list[Edit] = []
+            left: list[dict[str, torch.Tensor]] = []  # of every edit, the weights as it left them
+            posts: list[Metrics] = []
+            until, held = time.monotonic() + _SAVE_SECONDS, 0
+            for entry in rest[: 1 if apart else _AT_ONCE]:
+                edit = _tried(editor, editor.model, entry.requested_rewrite, seed)
+                try:
+                    if not apart and runs_by_rows(edit.model, edit.originals):
+                        left.append({key: weight.clone() for key, weight in read(edit.model, edit.originals).items()})
+                        held += sum(weight.nbytes for weight in left[-1].values())
+                    elif left:  # those before it are measured first; then it is made again
+                        break
+                    else:
+                        with run.measuring(f"{name}-{SINGLE}"):
+                            posts = measure_after(editor, edit.model, [entry], seed, how)
+                finally:
+                    algorithms.undo_edits(editor, edit.originals)
+                edits.append(edit)
+                progress.update()
+                if posts or held > _HELD or time.monotonic() > until:
+                    break
+            if left:
+                with run.measuring(f"{name}-{SINGLE}"), projecting_by_rows(editor.model, left) as rows_are:
+                    posts = measure_after(editor, editor.model, rest[: len(left)], seed, how, rows_are)
+            for edit, post in zip(edits, posts):
+                journal.append({"time": edit.seconds, "post": post, **edit.traces[0]})
+            progress.set_postfix_str(_running(journal.entries))
     metrics = [
         replace(entry, **{key: done.get(key) for key in (*_OF_EDIT, "post")}) for entry, done in zip(before, journal.entries)
     ]
+    metrics = _judged(run, judge, f"{name}-{SINGLE}", metrics)
     run.write(f"metrics-{name}-{SINGLE}.json", to_json(metrics))
     return summarise(name, SINGLE, metrics, "post")
 
@@ -431,8 +480,10 @@ def _examples(metrics: Sequence[EditMetrics], n: int = 3) -> list[Example]:
 _OF_EDIT = ("time", "memory", "error", "once")
 # How many edits are measured together: enough to fill batches, few enough for the bar to move.
 _AT_ONCE = 32
-# The edited weights are on disk at every checkpoint, and after this many edits or seconds.
+# The edited weights are on disk at every checkpoint, and after this many edits or seconds; single edits after such a time.
 _SAVE_EDITS, _SAVE_SECONDS = 25, 60
+# How many bytes of single edits' weights are kept until they are measured.
+_HELD = 2**31
 # Before the names of what is saved with them that is no weight of the model's.
 _REMEMBERED, _PROTECTED, _CHANGED = "remembered:", "protected:", "changed:"
 
@@ -446,6 +497,7 @@ def _edit_in_sequence(
     seed: int,
     how: Measuring,
     ability: Ability | None,
+    judge: Judge | None,
     checkpoints: Sequence[int],
     bar: Bar,
     save_edits: Path | None,
@@ -519,7 +571,8 @@ def _edit_in_sequence(
                 at = f"{name}-{protocol}{'' if last else f'-at-{checkpoint}'}.json"
                 reading = run.read(f"ability-{at}") or {}
                 if ability and not reading:  # kept, and before the metrics: later the model has more edits, or none
-                    reading = ability.left_in(edited, editor.tok)
+                    with run.measuring(f"{name}-{protocol}"):
+                        reading = ability.left_in(edited, editor.tok)
                     run.write(f"ability-{at}", reading)
                 file = f"metrics-{at}"
                 metrics = from_json(EditMetrics, run.read(file) or [])
@@ -527,12 +580,16 @@ def _edit_in_sequence(
                     posts: list[Metrics] = []
                     with bar(total=checkpoint, desc=f"{name}, metrics after {checkpoint} edits", leave=last) as measured:
                         while rest := before[len(posts) : checkpoint][:_AT_ONCE]:
-                            posts += measure_after(editor, edited, rest, seed, how)
+                            with run.measuring(f"{name}-{protocol}"):
+                                posts += measure_after(editor, edited, rest, seed, how)
                             measured.update(len(rest))
                     for entry, done, post in zip(before, journal.entries, posts):
                         metrics.append(replace(entry, post=post, **{key: done.get(key) for key in _OF_EDIT}))
                     run.write(file, to_json(metrics))
-                rows.append(replace(summarise(name, protocol, metrics, "post"), **reading))
+                if last and judge:
+                    metrics = _judged(run, judge, f"{name}-{protocol}", metrics)
+                    run.write(file, to_json(metrics))
+                rows.append(with_ability(summarise(name, protocol, metrics, "post"), reading))
         if save_edits:
             requests = [entry.requested_rewrite for entry in before]
             write_edits(save_edits, edited, originals, requests, plain(editor.hparams), changes=changes)
@@ -541,6 +598,28 @@ def _edit_in_sequence(
     finally:
         algorithms.undo_edits(editor, originals)
     return rows
+
+
+def with_ability(row: Summary, able: Mapping[str, Any]) -> Summary:
+    """A row with what :meth:`.ability.Ability.left_in` found, and a run's folder keeps."""
+    joined = {key: getattr(row, key) | able.get(key, {}) for key in ("further", "intervals")}
+    return replace(row, **{**able, **joined})
+
+
+def _judged(run: RunFolder, judge: Judge | None, what: str, metrics: Sequence[EditMetrics]) -> list[EditMetrics]:
+    """Metrics with the verdicts of the judge, if there is one; a line where it fails, once."""
+    if judge is None:
+        return list(metrics)
+    failed = judge.failure
+    with run.measuring(what):
+        metrics = judged(judge, metrics)
+    if judge.failure and not failed:
+        tqdm.write(
+            f"the judge cannot be asked, and the run goes on without it ({judge.failure}); called again, the same command "
+            "has what is missing judged",
+            file=sys.__stderr__,
+        )
+    return list(metrics)
 
 
 def _norms(model: Any, originals: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,24 @@ class RunFolder:
         with safe_open(path, framework="pt") as file:
             notes = {key: json.loads(value) for key, value in file.metadata().items()}
             return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118
+
+    @contextmanager
+    def measuring(self, what: str) -> Iterator[None]:
+        """For a block that measures: note its seconds, for the costs of the run."""
+        started = time.perf_counter()
+        yield
+        self.journal("measuring.jsonl").append({"what": what, "seconds": round(time.perf_counter() - started, 4)})
+
+    def spent(self, rows: Iterable[tuple[str, str]]) -> dict[str, float]:
+        """Seconds of ``editing``, what is made once included, and of ``measuring``, by the journals.
+
+        Args:
+            rows: methods and protocols.
+        """
+        edits = [entry for method, protocol in rows for entry in self.journal(f"{method}-{protocol}.jsonl").entries]
+        editing = sum((entry.get("time") or 0) + (entry.get("once") or 0) for entry in edits)
+        measuring = sum(entry["seconds"] for entry in self.journal("measuring.jsonl").entries)
+        return {"editing": round(editing, 2), "measuring": round(measuring, 2)}
 
     def journal(self, name: str) -> Journal:
         """The journal of that name, with what it holds already."""

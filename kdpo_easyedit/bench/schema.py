@@ -39,7 +39,7 @@ _BATCHES = "batches-"
 #: What is measured of an edit; a :class:`Summary` has the mean of each, with an interval.
 MEASURES = (
     "edit_success", "generated_success", "exact_success", "generalization", "generated_generalization", "exact_generalization",
-    "portability", "locality", "fluency", "es", "ps", "ns",
+    "portability", "locality", "fluency", "es", "ps", "ns", "judged_success", "judged_generalization",
 )  # fmt: skip
 #: Those whose mean a method is ranked by.
 FOUR = ("edit_success", "generalization", "locality", "portability")
@@ -82,6 +82,7 @@ class Summary:
         generated_success, generated_generalization: how often what it writes there on its own begins with the target.
         fluency: n-gram entropy of what the model writes, in bits, as EasyEdit measures it.
         seconds_per_edit: wall-clock time of the edits alone.
+        tokens_per_second: how fast it writes answers.
         once_seconds: of what the method made once and kept (contexts, covariances, factors), in all.
         megabytes_per_edit: the most memory that an edit takes beyond what was taken before it, the median over the edits; None
             where it cannot be measured (see :class:`kdpo_easyedit.bench.peak.PeakMemory`).
@@ -93,6 +94,11 @@ class Summary:
         perplexity: of ordinary text (:mod:`kdpo_easyedit.bench.ability`), of a sequence's model.
         divergence: KL from the unedited model's next-token distributions there, in nats.
         failed: how many edits could not be made; they count as the model stands without them.
+        judged_success, judged_generalization: how often the judge says that what it writes there is the target.
+        further: what only some runs have, in percent but for the tasks: ``unstopped`` (answers that did not stop by
+            themselves), and with ``_CONTEXT`` that and the written measures in further contexts; ``em``, ``pm``, ``nm``
+            (the magnitudes of ES, PS and NS) and ``score`` (their harmonic mean); ``negation`` and ``contradiction``
+            (:func:`.metrics.probe`); ``task: …``, the scores of lm-evaluation-harness.
     """
 
     method: str
@@ -118,6 +124,10 @@ class Summary:
     perplexity: float | None = None
     divergence: float | None = None
     once_seconds: float | None = None
+    judged_success: float | None = None
+    judged_generalization: float | None = None
+    tokens_per_second: float | None = None
+    further: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap, permutation_test
@@ -29,14 +30,23 @@ def share_interval(percentages: Sequence[float]) -> list[float]:
     return [round(float(100 * end), 4) for end in np.clip((centre - half, centre + half), 0, 1)]
 
 
-def mean_interval(values: Sequence[float], resamples: int = 1000) -> list[float]:
-    """The 95 % confidence interval of a mean, by bootstrap."""
-    drawn = bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(0))
+def mean_interval(values: Sequence[float], resamples: int = 1000, centre: Callable[..., Any] = np.mean) -> list[float]:
+    """The 95 % confidence interval of a mean, or of another ``centre``, by bootstrap."""
+    drawn = bootstrap((values,), centre, n_resamples=resamples, method="percentile", rng=np.random.default_rng(0))
     return [round(float(end), 4) for end in drawn.confidence_interval]
 
 
-def joint_interval(columns: Sequence[Sequence[float | None]], resamples: int = 1000) -> list[float]:
-    """The 95 % confidence interval of the mean of several columns' means, by bootstrap over the edits.
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], resamples: int = 1000) -> list[float]:
+    """The 95 % confidence interval of one sum by another, by bootstrap over what they are sums of."""
+    drawn = np.random.default_rng(0).integers(len(numerators), size=(resamples, len(numerators)))
+    ratios = np.asarray(numerators)[drawn].sum(axis=1) / np.asarray(denominators)[drawn].sum(axis=1)
+    return [float(end) for end in np.percentile(ratios, [2.5, 97.5])]
+
+
+def joint_interval(
+    columns: Sequence[Sequence[float | None]], centre: Callable[[Any], float] = np.mean, resamples: int = 1000
+) -> list[float]:
+    """The 95 % confidence interval of the mean, or another ``centre``, of several columns' means, by bootstrap over the edits.
 
     Args:
         columns: a measure each, over the same edits; None where an edit has none.
@@ -49,7 +59,7 @@ def joint_interval(columns: Sequence[Sequence[float | None]], resamples: int = 1
         some = table[:, rng.integers(table.shape[1], size=table.shape[1])]
         counts = (~np.isnan(some)).sum(axis=1)
         if counts.all():
-            drawn.append(float((np.nansum(some, axis=1) / counts).mean()))
+            drawn.append(float(centre(np.nansum(some, axis=1) / counts)))
     return [round(float(end), 4) for end in np.percentile(drawn, [2.5, 97.5])]
 
 

@@ -174,7 +174,8 @@ def write_on(
         if batching.one_by_one and batching.decide_at:
             batching.decide_at(model, -1)
         started = time.perf_counter()
-        written = _write_batch(model, {number: prompts[number] for number in batch}, rooms, choose, has_ended, end_tokens)
+        of_batch = {number: prompts[number] for number in batch}
+        written = _write_batch(model, of_batch, rooms, choose, has_ended, end_tokens, batching.rows_are)
         each = (time.perf_counter() - started) / max(1, sum(len(tokens) for tokens, _ in written.values()))
         return [Text(tokens, ended, each * len(tokens)) for tokens, ended in (written[number] for number in batch)]
 
@@ -189,6 +190,7 @@ def _write_batch(
     choose: Callable[[list[int], int, Tensor], Tensor],
     has_ended: Callable[[int, list[int]], bool],
     end_tokens: frozenset[int],
+    rows_are: Callable[[Sequence[int]], None] | None,
 ) -> dict[int, tuple[list[int], bool]]:
     """Of every prompt's number, the tokens written after it and whether they were ended."""
     device, positions = network(model).device, takes_positions(model)
@@ -203,6 +205,8 @@ def _write_batch(
         if positions:
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         given = {name: tensor.to(device) for name, tensor in given.items()}
+        if rows_are:
+            rows_are(live)
         last = torch.zeros(input_ids.shape, dtype=torch.bool)
         last[:, -1] = True
         logits, output = logits_at(model, given | {"past_key_values": past, "use_cache": True}, last)

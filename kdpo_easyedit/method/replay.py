@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -594,6 +594,51 @@ def projecting_with(projections: Projections, weights: EditedWeights, lowest_inp
                 stack.enter_context(forward_as(projection, _projecting(projection, weight, given, used)))
             given = None
         yield
+
+
+def runs_by_rows(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether :func:`projecting_by_rows` can run a model with other weights of these names."""
+    modules = [module for name in names for module in users(model, name)]
+    return all(type(m) in (nn.Linear, Conv1D) and "forward" not in vars(m) and not m.weight.is_meta for m in modules)
+
+
+@contextmanager
+def projecting_by_rows(model: nn.Module, variants: Sequence[Mapping[str, Tensor]]) -> Iterator[Callable[[Sequence[int]], None]]:
+    """For a block, let every row of a batch run with weights of its own, as several models would.
+
+    Args:
+        model: one that :func:`runs_by_rows`.
+        variants: of each, the weights that it has in place of the model's, by name.
+
+    Yields:
+        What is to be called before a run with the number of every row's variant.
+    """
+    rows: dict[int, list[int]] = {}
+
+    def choose(of_rows: Sequence[int]) -> None:
+        rows.clear()
+        for row, variant in enumerate(of_rows):
+            rows.setdefault(variant, []).append(row)
+
+    def projecting(module: Any, name: str) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            by_row = x.reshape(sum(map(len, rows.values())), -1, x.shape[-1])  # some models flatten rows and positions
+            output = None
+            for variant, its in rows.items():
+                weight = variants[variant].get(name, module.weight)
+                part = _linear(by_row[its], weight.T if isinstance(module, Conv1D) else weight, module.bias)
+                if output is None:
+                    output = part.new_empty(*by_row.shape[:-1], part.shape[-1])
+                output[its] = part
+            return output.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
+
+        return forward
+
+    with ExitStack() as stack:
+        for name in {name for weights in variants for name in weights}:
+            for module in users(model, name):
+                stack.enter_context(forward_as(module, projecting(module, name)))
+        yield choose
 
 
 def _projecting(

@@ -16,7 +16,7 @@ from .charts import curve_chart, radar_chart
 from .page import filled, page
 from .results import Results, read_results
 from .sweep import content as sweep_content
-from .tables import COLUMNS, NOTES, Cell, measured, protocol_title, remarks, shown_name, significance, tables, title
+from .tables import COLUMNS, NOTES, Cell, measured, protocol_title, remarks, sheets, shown_name, significance, tables, title
 
 _PAGE, _TEXT, _LATEX = "report.html", "summary.md", "summary.tex"
 
@@ -106,6 +106,13 @@ def markdown(results: Sequence[Results]) -> str:
                     _row([_markdown(shown_name(result.comparison, method)), *(_markdown_cell(cells[key]) for key in columns)])
                 )
             lines.append("")
+        for sheet in sheets(result.comparison, result.settings["context"]):
+            for protocol, rows in sheet.rows.items():
+                headings = list(next(iter(rows.values())))
+                lines += [f"{sheet.title}, {result.comparison.before.n_edits} {protocol_title(protocol)}:", ""]
+                lines += [_row(["method", *map(_markdown, headings)]), _row(["---", *(["---:"] * len(headings))])]
+                lines += [_row([_markdown(method), *(of[heading] for heading in headings)]) for method, of in rows.items()]
+                lines += ["", _markdown(sheet.note), ""]
         lines += [*_notes(result), _markdown(_about(result)), ""]
     return "\n".join(lines)
 

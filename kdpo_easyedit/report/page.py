@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..bench.measuring import retention
-from ..bench.metrics import harmonic_score
-from ..bench.protocols import Comparison
 from ..bench.schema import SEQUENTIAL, EditMetrics, Metrics
+from ..bench.significance import share_interval
 from ..files import json_text
 from .results import Results
-from .tables import COLUMNS, NOTES, Cell, protocol_title, remarks, short_name, shown_name, significance, tables, title
+from .tables import COLUMNS, NOTES, Cell, protocol_title, remarks, sheets, short_name, shown_name, significance, tables, title
 
 
 def page(results: Sequence[Results]) -> str:
@@ -57,7 +56,7 @@ def _content(result: Results) -> dict[str, Any]:
         },
         "significance": significance(comparison),
         "remarks": remarks(comparison),
-        "probabilities": {protocol: _against_old(comparison, protocol) for protocol in tables(comparison)},
+        "sheets": [asdict(sheet) for sheet in sheets(comparison, result.settings["context"])],
         "retention": {
             method: retention(metrics) for (method, protocol), metrics in result.metrics.items() if protocol == SEQUENTIAL
         },
@@ -101,28 +100,15 @@ def _cell(cell: Cell) -> dict[str, Any]:
     return shown
 
 
-def _against_old(comparison: Comparison, protocol: str) -> dict[str, dict[str, str]]:
-    """ES, PS and NS with their intervals, and their harmonic mean; of the methods that have them."""
-    found = {}
-    for row in comparison.rows:
-        shares = {key.upper(): getattr(row, key) for key in ("es", "ps", "ns") if getattr(row, key) is not None}
-        if row.protocol == protocol and shares:
-            ends = {key: "–".join(f"{end:.0f}" for end in row.intervals.get(key.lower(), ())) for key in shares}
-            found[row.method] = {
-                key: f"{share:.1f}" + (f" ({ends[key]})" if ends[key] else "") for key, share in shares.items()
-            }
-            found[row.method]["score"] = f"{harmonic_score(list(shares.values())):.1f}"
-    return found
-
-
-def _by_kind(metrics: Sequence[EditMetrics]) -> dict[str, float]:
-    """Percentages of every kind of locality and portability: the mean over the edits that have it."""
+def _by_kind(metrics: Sequence[EditMetrics]) -> dict[str, str]:
+    """Percentages of every kind of locality and portability, with their intervals: the mean over the edits that have it."""
     found: dict[str, list[float]] = {}
     for entry in metrics:
         for section in ("locality", "portability"):
             for kind, scores in _scores(entry.post, section).items():
                 found.setdefault(f"{section}: {kind}", []).append(100 * float(np.mean(scores)))
-    return {kind: round(float(np.mean(values)), 1) for kind, values in found.items()}
+    ends = {kind: "–".join(f"{end:.0f}" for end in share_interval(of)) for kind, of in found.items() if len(of) > 1}
+    return {kind: f"{np.mean(of):.1f}" + (f" ({ends[kind]})" if kind in ends else "") for kind, of in found.items()}
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.measuring import per_edit, summarise
-from ..bench.protocols import Comparison
+from ..bench.protocols import Comparison, with_ability
 from ..bench.runs import RunError, RunFolder, differences
 from ..bench.schema import VERSION, EditMetrics, PairedTest, Row, Summary, from_json, is_order
 from ..bench.significance import paired_tests
@@ -79,7 +79,7 @@ def _read(folder: Path) -> Results:
     if not whole or tests is None or any(len(of) != len(traces[key]) for key, of in metrics.items()):
         raise RunError(f"{folder}: the run is not complete; its own command goes on with it")
     comparison = Comparison(
-        before=summarise("(before)", "", metrics[keys[0]], "pre"),
+        before=with_ability(summarise("(before)", "", metrics[keys[0]], "pre"), run.read("ability-before.json") or {}),
         rows=rows,
         examples=[],
         curve=_rows(run, Summary, "curve.json") or [],
@@ -87,6 +87,7 @@ def _read(folder: Path) -> Results:
         caveats=record["about"].get("caveats", {}),
         left_out=apart,
         memories=record["about"].get("memories", []),
+        spent=run.spent(keys),
     )
     hparams = next(iter(record["methods"].values()))
     loading = {key: hparams.get(key, False) for key in ("device", "model_parallel")}
@@ -98,6 +99,7 @@ def _read(folder: Path) -> Results:
             "edits": comparison.before.n_edits,
             "records": record["data"],
             "seed": record["seed"],
+            "context": record.get("measuring", {}).get("contexts", ["plain"])[0],
             "hardware": record["about"]["device"],
             **loading,
             "versions": record["versions"],
@@ -137,6 +139,8 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
         joined.comparison.caveats |= {names[method]: words for method, words in run.comparison.caveats.items()}
         joined.comparison.memories += [names[method] for method in run.comparison.memories]
         joined.comparison.left_out += run.comparison.left_out
+        for key, seconds in run.comparison.spent.items():
+            joined.comparison.spent[key] = joined.comparison.spent.get(key, 0) + seconds
         joined.easyedit += [row | {"method": names[row["method"]]} for row in run.easyedit]
     joined.comparison.tests = paired_tests({key: per_edit(metrics, "post") for key, metrics in joined.metrics.items()})
     return joined

@@ -28,7 +28,7 @@ _GENERATED = {"edit_success": "generated_success", "generalization": "generated_
 # Costs, of which less is better, with their units.
 COSTS = {"seconds_per_edit": "seconds", "megabytes_per_edit": "MB"}
 LESS_IS_BETTER = (*COSTS, "once_seconds", "perplexity", "divergence")
-_DECIMALS = {"fluency": 2, "seconds_per_edit": 2, "once_seconds": 2, "perplexity": 2, "divergence": 3}
+_DECIMALS = {"fluency": 2, "seconds_per_edit": 2, "once_seconds": 2, "perplexity": 2, "divergence": 3, "tokens_per_second": 0}
 _SIGNIFICANT = 0.05
 _MARK = "†"
 MEMORY_MARK = "‡"
@@ -37,9 +37,11 @@ COLUMNS = {
     "edit_success": ("edit success", "forced"),
     "generated_success": ("edit success", "written"),
     "exact_success": ("edit success", "whole"),
+    "judged_success": ("edit success", "judged"),
     "generalization": ("generalization", "forced"),
     "generated_generalization": ("generalization", "written"),
     "exact_generalization": ("generalization", "whole"),
+    "judged_generalization": ("generalization", "judged"),
     "portability": ("portability", ""),
     "locality": ("locality", ""),
     "mean": ("mean of", "the four"),
@@ -52,7 +54,7 @@ COLUMNS = {
 }
 #: What has to be said of the columns.
 NOTES = (
-    "In percent, with 95 % confidence intervals (Wilson's over the edits; of fluency by bootstrap); the best in bold.",
+    "In percent, with 95 % confidence intervals (shares: Wilson's over the edits; all else by bootstrap); the best in bold.",
     "forced: the share of the target's tokens that the model says under teacher forcing; written: how often what it writes on "
     "its own begins with the target; whole: how often that is the target and nothing else. "
     "The mean is of the four forced shares.",
@@ -116,7 +118,106 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
 
 def ends(key: str, interval: Sequence[float]) -> str:
     """An interval; of percentages without decimals, which it has none to give."""
-    return "–".join(shown(key, end) if key in _DECIMALS else f"{end:.0f}" for end in interval)
+    decimals = key in _DECIMALS or key.startswith("task: ")
+    return "–".join(shown(key, end) if decimals else f"{end:.0f}" for end in interval)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Figures that stand beside the tables.
+
+    Attributes:
+        note: what has to be said of them.
+        rows: by protocol and method, texts by their headings.
+        prominent: whether a report shows them without being asked.
+    """
+
+    title: str
+    note: str
+    rows: dict[str, dict[str, dict[str, str]]]
+    prominent: bool = False
+
+
+def sheets(comparison: Comparison, context: str = "plain") -> list[Sheet]:
+    """What was measured beside the columns of the tables; of nothing, no sheet.
+
+    Args:
+        context: how the written answers of the tables were asked for.
+    """
+    keys = list(dict.fromkeys(key for row in comparison.rows for key in row.further))
+    contexts = [key.removeprefix("unstopped_") for key in keys if key.startswith("unstopped_")]
+    written = {key: words for key, words in _WRITTEN.items() if contexts and key != "unstopped"}
+    headings = {key: f"{context}: {words}" for key, words in written.items()} | {"unstopped": f"{context}: did not stop"}
+    for other in contexts:
+        headings |= {f"{key}_{other}": f"{other}: {words}" for key, words in _WRITTEN.items()}
+    headings["tokens_per_second"] = "tokens a second"
+    still = {"perplexity": "perplexity", "divergence": "KL, nats", "fluency": "fluency, bits"}
+    tasks = {key: key.removeprefix("task: ") for key in keys if key.startswith("task: ")}
+    found = [
+        Sheet(
+            "What the model can still do",
+            "After the sequence, with 95 % intervals: perplexity of held-out text and the KL divergence of its next-token "
+            "distributions from the unedited model's (by bootstrap over the passages), fluency, and tasks of "
+            "lm-evaluation-harness (from its standard errors).",
+            _rows(comparison, still | tasks, [row for row in comparison.rows if row.protocol != SINGLE], before=True),
+            prominent=True,
+        ),
+        Sheet(
+            "Written answers",
+            "How often what the model writes begins with the target, is the target and nothing else, and did not stop by "
+            "itself: as the prompt asks (plain), as a question and answer (qa), through the chat template (chat).",
+            _rows(comparison, headings, comparison.rows, before=True),
+        ),
+        Sheet(
+            "New answer against old: ES, PS, NS",
+            "As ROME’s line of papers measures CounterFact: how often the new answer is more probable than the old one after "
+            "the prompt (ES) and rephrased ones (PS), and on neighbours their own answer than the new one (NS); EM, PM and NM: "
+            "by how much, in points of probability; score is the harmonic mean of ES, PS and NS.",
+            _rows(comparison, {key: key.upper() for key in ("es", "ps", "ns", "em", "pm", "nm")} | {"score": "score"},
+                  [row for row in comparison.rows if row.es is not None]),
+        ),
+        Sheet(
+            "Negation and contradiction",
+            "Negated: how often after “The following is false:” and the prompt the old answer is more probable than the new "
+            "one. Both true: how often the model calls the prompt with either answer true, new and old.",
+            _rows(comparison, {"negation": "negated", "contradiction": "both true"}, comparison.rows, before=True),
+        ),
+    ]  # fmt: skip
+    return [sheet for sheet in found if sheet.rows]
+
+
+# Measures of written answers, as a sheet calls them.
+_WRITTEN = {
+    "generated_success": "begins with it",
+    "exact_success": "whole",
+    "generated_generalization": "rephrased, begins with it",
+    "exact_generalization": "rephrased, whole",
+    "unstopped": "did not stop",
+}
+
+
+def _rows(
+    comparison: Comparison, headings: Mapping[str, str], rows: Sequence[Summary], before: bool = False
+) -> dict[str, dict[str, dict[str, str]]]:
+    """By protocol and method, those figures with their intervals that some row has."""
+    there = {key: words for key, words in headings.items() if any(figure(row, key) is not None for row in rows)}
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for protocol in dict.fromkeys(row.protocol for row in rows) if there else ():
+        shown_rows = [comparison.before] * before + [row for row in rows if row.protocol == protocol]
+        found[protocol] = {row.method: {words: with_interval(row, key) for key, words in there.items()} for row in shown_rows}
+    return found
+
+
+def figure(row: Summary, key: str) -> float | None:
+    """A figure of a row, whether it has a field of its own or stands among the further ones."""
+    found = row.further.get(key) if key in row.further else getattr(row, key, None)
+    return found
+
+
+def with_interval(row: Summary, key: str) -> str:
+    """A figure with its interval behind it."""
+    interval = ends(key, row.intervals.get(key, ()))
+    return shown(key, figure(row, key)) + (f" ({interval})" if interval else "")
 
 
 def shown_name(comparison: Comparison, method: str) -> str:
@@ -202,14 +303,20 @@ def remarks(comparison: Comparison) -> list[str]:
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
         words = flips([row for row in comparison.rows if row.protocol == protocol])
         found += [f"{protocol}: {sentence}" for sentence in words]
-    return found + over_orders(comparison.rows)
+    found += over_orders(comparison.rows)
+    if all_of_it := sum(comparison.spent.values()):
+        measuring = comparison.spent["measuring"]
+        found.append(
+            f"Measuring took {measuring:.0f} s of the {all_of_it:.0f} s of editing and measuring: {measuring / all_of_it:.0%}."
+        )
+    return found
 
 
 def shown(key: str, value: float | None) -> str:
     """A figure with the decimals that its measure is given with."""
     if value is None:
         return "–"
-    return f"{value:.{_DECIMALS.get(key, 1)}f}"
+    return f"{value:.{3 if key.startswith('task: ') else _DECIMALS.get(key, 1)}f}"
 
 
 def print_ablation(comparison: Comparison, console: Console) -> None:
