@@ -22,6 +22,7 @@ from kdpo_easyedit.bench.metrics import (
     harmonic_score,
     measure,
     ngram_entropy,
+    probe,
     rephrasings,
     teacher_forced,
     with_locality,
@@ -257,6 +258,25 @@ def test_new_answers_are_held_against_old_ones(llama, layouts):
     unknown = {**request, "ground_truth": None}
     assert "probabilities" not in measure(model, tok, [unknown], fluency=False, old_answers=True)[0]
     assert harmonic_score([1, 0.5, 0.5]) == pytest.approx(0.6) and harmonic_score([1, 0, 1]) == 0
+
+
+def test_probes_hold_the_new_answer_against_the_old_one_denied_and_claimed(llama, layouts):
+    model, tok = llama
+    request = next(request for request in layouts if request["prompt"] == "Mara Vell speaks")
+
+    def probability(prompt, answer):
+        return teacher_forced(model, tok, [(prompt, answer)])[0].log_probability
+
+    denied = "The following is false: Mara Vell speaks"
+    claims = [f"Mara Vell speaks {answer}\nTrue or false? Answer:" for answer in ("French", "Dutch")]
+    expected = {
+        "negation": float(probability(denied, "Dutch") > probability(denied, "French")),
+        "contradiction": float(all(probability(claim, "True") > probability(claim, "False") for claim in claims)),
+    }
+    swapped = {**request, "target_new": "Dutch", "ground_truth": "French"}
+    found = probe(model, tok, [{**request, "ground_truth": None}, request, swapped])
+    assert found[:2] == [{}, expected]
+    assert found[2] == {"negation": 1 - expected["negation"], "contradiction": expected["contradiction"]}
 
 
 @pytest.mark.parametrize(

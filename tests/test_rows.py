@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import same_state, state
 
-from kdpo_easyedit.bench import ability
-from kdpo_easyedit.bench.measuring import retention
+from kdpo_easyedit import apply_kdpo_to_model
+from kdpo_easyedit.bench import ability, metrics
+from kdpo_easyedit.bench.ability import read as read_text
+from kdpo_easyedit.bench.answers import answers
+from kdpo_easyedit.bench.measuring import Measuring, retention
 from kdpo_easyedit.bench.protocols import Method, compare
 from kdpo_easyedit.bench.runs import RunError, RunFolder
-from kdpo_easyedit.bench.schema import SEQUENTIAL, SINGLE, VERSION, EditMetrics, Summary, from_json, in_order, to_json
+from kdpo_easyedit.bench.schema import (
+    MEASURES,
+    SEQUENTIAL,
+    SINGLE,
+    VERSION,
+    EditMetrics,
+    Summary,
+    from_json,
+    in_order,
+    to_json,
+)
 from kdpo_easyedit.bench.significance import joint_interval, share_interval
 from kdpo_easyedit.bench.versions import versions
+from kdpo_easyedit.bench.writing import write_answers
 from kdpo_easyedit.easyedit import methods as algorithms
 from kdpo_easyedit.easyedit.host import HostError
 from kdpo_easyedit.easyedit.loading import in_place
 from kdpo_easyedit.files import json_text
 from kdpo_easyedit.report.documents import write_documents
 from kdpo_easyedit.report.results import read_results
-from kdpo_easyedit.report.tables import flips, remarks
+from kdpo_easyedit.report.tables import flips, remarks, sheets
 
 
 @pytest.fixture
@@ -144,6 +160,52 @@ def test_a_sequence_is_measured_on_ordinary_text(kdpo, requests, small_world, tm
     (row,) = comparison.rows
     assert comparison.before.perplexity < row.perplexity < 100 * comparison.before.perplexity and row.divergence > 0
     assert "perplexity" in write_documents([tmp_path], tmp_path)[1].read_text()
+
+
+def test_what_is_asked_for_beside_the_tables_has_columns_and_intervals(kdpo, requests, small_world, tmp_path):
+    how = Measuring(contexts=("qa", "plain"), fluency=False, probes=True)
+    texts = small_world.passages()[:20]
+    comparison = compare(
+        [kdpo], requests[:4], [SINGLE, SEQUENTIAL], tmp_path, eval_at=[4], quiet=True, how=how, ability_texts=texts
+    )
+    single, sequential = comparison.rows
+    assert single.further["generated_success_plain"] == 100 and 0 <= single.further["unstopped"] <= 100
+    assert single.tokens_per_second > 0 and {"negation", "contradiction", "score", "em"} <= single.further.keys()
+    assert single.further["score"] == pytest.approx(metrics.harmonic_score([single.es, single.ps, single.ns]))
+    for row in comparison.rows:
+        figures = {key for key in (*MEASURES, "mean") if getattr(row, key) is not None} | row.further.keys()
+        assert figures <= row.intervals.keys()
+        assert {"seconds_per_edit", "megabytes_per_edit"} <= row.intervals.keys() or row.megabytes_per_edit is None
+        assert all(low <= high for low, high in row.intervals.values())
+    low, high = sequential.intervals["perplexity"]
+    assert low < sequential.perplexity < high and sequential.intervals["divergence"][0] > 0
+    (result,) = read_results([tmp_path])
+    assert result.comparison.before.perplexity == comparison.before.perplexity and result.comparison.spent["measuring"] > 0
+    shown = {sheet.title: sheet.rows for sheet in sheets(result.comparison, result.settings["context"])}
+    assert shown["What the model can still do"][SEQUENTIAL]["KDPO"].keys() == {"perplexity", "KL, nats"}
+    assert re.fullmatch(r"[\d.]+ \([\d.]+–[\d.]+\)", shown["What the model can still do"][SEQUENTIAL]["(before)"]["perplexity"])
+    assert {"qa: whole", "qa: did not stop", "plain: whole", "plain: did not stop", "tokens a second"} <= set(
+        shown["Written answers"][SINGLE]["KDPO"]
+    )
+    assert shown["Negation and contradiction"][SINGLE].keys() == {"(before)", "KDPO"}
+    assert any(re.match(r"Measuring took \d+ s of the \d+ s", line) for line in remarks(result.comparison))
+
+
+@pytest.mark.parametrize("settings", ["hparams", "aware"])
+def test_a_fact_is_edited_twice_and_back(settings, request, fresh, requests, small_world):
+    model, tok = fresh
+    hparams = replace(request.getfixturevalue(settings), sequential_edit=False)
+    fact, other = requests[0], next(r for r in requests[1:] if r["prompt"].endswith(" works for"))
+    targets = [fact["target_new"], other["ground_truth"], fact["ground_truth"]]
+    assert len(set(targets)) == 3 and fact["prompt"].endswith(" works for")
+    before = read_text(model, tok, small_world.passages()[:20]).perplexity
+    for target in targets:
+        edit = {**fact, "target_new": target}
+        apply_kdpo_to_model(model, tok, [edit], hparams)
+        (found,) = metrics.measure(model, tok, [edit], fluency=False)
+        (answer,) = write_answers(model, tok, [fact["prompt"]], [target])
+        assert found["rewrite_acc"] == [1.0] and answers(answer.text, target), (target, answer.text)
+    assert read_text(model, tok, small_world.passages()[:20]).perplexity < 1.5 * before
 
 
 def test_a_run_that_is_called_again_keeps_what_every_checkpoint_read(kdpo, requests, small_world, tmp_path):
