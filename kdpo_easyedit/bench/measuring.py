@@ -52,17 +52,19 @@ def measure(
     seed: int,
     how: Measuring = Measuring(),
     rows_are: Callable[[Sequence[int]], None] | None = None,
+    costs: dict[str, float] | None = None,
 ) -> list[Metrics]:
     """EasyEdit's metrics of every request; beside them, what the model writes on its own, and whether that is the target.
 
     Args:
         rows_are: where every request is measured on an edit of its own, see :class:`.batches.Batching`.
+        costs: where to add the ``tokens`` of written answers, and the seconds of ``writing`` them.
 
     Returns:
         For each request what :func:`.metrics.measure` gives, and ``generated``: of ``rewrite`` and ``rephrase`` the texts, one
         a prompt, whether each begins with the target (``…_acc``), is the target (``…_exact``) and ended by itself
-        (``…_stopped``), with the ``tokens`` and the ``seconds`` that they took in all; for other contexts than the first, the
-        same under ``generated_CONTEXT``; with probes, ``probes`` as :func:`.metrics.probe` gives them.
+        (``…_stopped``), with the ``tokens`` that they took in all; for other contexts than the first, the same under
+        ``generated_CONTEXT``; with probes, ``probes`` as :func:`.metrics.probe` gives them.
     """
     tok = editor.tok
     batching = replace(batching_for(model), rows_are=rows_are)
@@ -94,7 +96,9 @@ def measure(
             ):
                 texts.setdefault(name, []).append(value)
             texts["tokens"] = texts.get("tokens", 0) + answer.tokens
-            texts["seconds"] = round(texts.get("seconds", 0.0) + answer.seconds, 6)
+        if costs is not None:
+            costs["tokens"] = costs.get("tokens", 0) + sum(answer.tokens for answer in written)
+            costs["writing"] = costs.get("writing", 0) + sum(answer.seconds for answer in written)
     if how.probes:
         for quality, found in zip(measured, probe(model, tok, requests, batching)):
             quality["probes"] = found
@@ -118,9 +122,10 @@ def measure_after(
     seed: int,
     how: Measuring = Measuring(),
     rows_are: Callable[[Sequence[int]], None] | None = None,
+    costs: dict[str, float] | None = None,
 ) -> list[Metrics]:
     """:func:`measure` of an edited model, with locality: the share of tokens that it says as it did before the edit."""
-    measured = measure(editor, model, [entry.requested_rewrite for entry in entries], seed, how, rows_are)
+    measured = measure(editor, model, [entry.requested_rewrite for entry in entries], seed, how, rows_are, costs)
     return [with_locality(entry.pre, post) for entry, post in zip(entries, measured)]
 
 
@@ -236,9 +241,6 @@ def summarise(method: str, protocol: str, metrics: Sequence[EditMetrics], phase:
         for key, centre_of in (("seconds_per_edit", np.mean), ("megabytes_per_edit", np.median)):
             if len(values[key]) > 1:
                 intervals[key] = mean_interval(values[key], centre=centre_of)
-    written = [getattr(entry, phase).get("generated", {}) for entry in metrics]
-    seconds = sum(text.get("seconds", 0) for text in written)
-    means["tokens_per_second"] = round(sum(text.get("tokens", 0) for text in written) / seconds, 1) if seconds else None
     once = [entry.once for entry in metrics if entry.once is not None] if phase == "post" else []
     means["once_seconds"] = round(sum(once), 4) if once else None
     failed = sum(entry.error is not None for entry in metrics) if phase == "post" else 0

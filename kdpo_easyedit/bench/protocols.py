@@ -234,9 +234,10 @@ def compare(
         prepare(first.model, first.tok, [method.hparams for method in methods], stats_text, quiet)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
         journal = run.adopt("before.jsonl", before) if before else run.journal("before.jsonl")
-        with run.measuring("before"):
-            unedited_metrics = _measure_before(journal, first, requests, seed, how, bar)
+        with run.measuring("before") as costs:
+            unedited_metrics = _measure_before(journal, first, requests, seed, how, bar, costs)
         unedited = summarise("(before)", "", unedited_metrics, "pre")
+        unedited = replace(unedited, tokens_per_second=run.tokens_per_second("before"))
         ability = None
         if (ability_texts or tasks) and any(protocol != SINGLE for protocol in protocols):
             with run.measuring("before"):
@@ -395,12 +396,18 @@ def _first_editor(method: Method, loaded: tuple[Any, Any] | None) -> Any:
 
 
 def _measure_before(
-    journal: Journal, editor: Any, requests: Sequence[Request], seed: int, how: Measuring, bar: Bar
+    journal: Journal,
+    editor: Any,
+    requests: Sequence[Request],
+    seed: int,
+    how: Measuring,
+    bar: Bar,
+    costs: dict[str, float] | None = None,
 ) -> list[EditMetrics]:
     """The metrics of the model before any edit, one entry a request."""
     with bar(total=len(requests), initial=len(journal.entries), desc="before editing") as progress:
         while rest := requests[len(journal.entries) :][:_AT_ONCE]:
-            for metrics in measure(editor, editor.model, rest, seed, how):
+            for metrics in measure(editor, editor.model, rest, seed, how, costs=costs):
                 journal.append(metrics)
             progress.update(len(rest))
     return [EditMetrics(number, request, pre) for number, (request, pre) in enumerate(zip(requests, journal.entries))]
@@ -437,8 +444,8 @@ def _edit_one_by_one(
                     elif left:  # those before it are measured first; then it is made again
                         break
                     else:
-                        with run.measuring(f"{name}-{SINGLE}"):
-                            posts = measure_after(editor, edit.model, [entry], seed, how)
+                        with run.measuring(f"{name}-{SINGLE}") as costs:
+                            posts = measure_after(editor, edit.model, [entry], seed, how, costs=costs)
                 finally:
                     algorithms.undo_edits(editor, edit.originals)
                 edits.append(edit)
@@ -446,8 +453,8 @@ def _edit_one_by_one(
                 if posts or held > _HELD or time.monotonic() > until:
                     break
             if left:
-                with run.measuring(f"{name}-{SINGLE}"), projecting_by_rows(editor.model, left) as rows_are:
-                    posts = measure_after(editor, editor.model, rest[: len(left)], seed, how, rows_are)
+                with run.measuring(f"{name}-{SINGLE}") as costs, projecting_by_rows(editor.model, left) as rows_are:
+                    posts = measure_after(editor, editor.model, rest[: len(left)], seed, how, rows_are, costs)
             for edit, post in zip(edits, posts):
                 journal.append({"time": edit.seconds, "post": post, **edit.traces[0]})
             progress.set_postfix_str(_running(journal.entries))
@@ -456,7 +463,8 @@ def _edit_one_by_one(
     ]
     metrics = _judged(run, judge, f"{name}-{SINGLE}", metrics)
     run.write(f"metrics-{name}-{SINGLE}.json", to_json(metrics))
-    return summarise(name, SINGLE, metrics, "post")
+    row = summarise(name, SINGLE, metrics, "post")
+    return replace(row, tokens_per_second=run.tokens_per_second(f"{name}-{SINGLE}"))
 
 
 def _examples(metrics: Sequence[EditMetrics], n: int = 3) -> list[Example]:
@@ -580,8 +588,8 @@ def _edit_in_sequence(
                     posts: list[Metrics] = []
                     with bar(total=checkpoint, desc=f"{name}, metrics after {checkpoint} edits", leave=last) as measured:
                         while rest := before[len(posts) : checkpoint][:_AT_ONCE]:
-                            with run.measuring(f"{name}-{protocol}"):
-                                posts += measure_after(editor, edited, rest, seed, how)
+                            with run.measuring(f"{name}-{protocol}") as costs:
+                                posts += measure_after(editor, edited, rest, seed, how, costs=costs)
                             measured.update(len(rest))
                     for entry, done, post in zip(before, journal.entries, posts):
                         metrics.append(replace(entry, post=post, **{key: done.get(key) for key in _OF_EDIT}))
@@ -589,7 +597,8 @@ def _edit_in_sequence(
                 if last and judge:
                     metrics = _judged(run, judge, f"{name}-{protocol}", metrics)
                     run.write(file, to_json(metrics))
-                rows.append(with_ability(summarise(name, protocol, metrics, "post"), reading))
+                row = with_ability(summarise(name, protocol, metrics, "post"), reading)
+                rows.append(replace(row, tokens_per_second=run.tokens_per_second(f"{name}-{protocol}")))
         if save_edits:
             requests = [entry.requested_rewrite for entry in before]
             write_edits(save_edits, edited, originals, requests, plain(editor.hparams), changes=changes)

@@ -129,11 +129,19 @@ class RunFolder:
             return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118
 
     @contextmanager
-    def measuring(self, what: str) -> Iterator[None]:
-        """For a block that measures: note its seconds, for the costs of the run."""
+    def measuring(self, what: str) -> Iterator[dict[str, float]]:
+        """For a block that measures: note its seconds, and what it adds, for the costs of the run."""
         started = time.perf_counter()
-        yield
-        self.journal("measuring.jsonl").append({"what": what, "seconds": round(time.perf_counter() - started, 4)})
+        costs: dict[str, float] = {}
+        yield costs
+        costs["seconds"] = time.perf_counter() - started
+        self.journal("measuring.jsonl").append({"what": what, **{key: round(value, 4) for key, value in costs.items()}})
+
+    def tokens_per_second(self, what: str) -> float | None:
+        """How fast answers were written in what was measured under a name; None where none were."""
+        noted = [entry for entry in self.journal("measuring.jsonl").entries if entry["what"] == what]
+        tokens, seconds = (sum(entry.get(key, 0) for entry in noted) for key in ("tokens", "writing"))
+        return round(tokens / seconds, 1) if seconds else None
 
     def spent(self, rows: Iterable[tuple[str, str]]) -> dict[str, float]:
         """Seconds of ``editing``, what is made once included, and of ``measuring``, by the journals.

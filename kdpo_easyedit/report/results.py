@@ -78,8 +78,9 @@ def _read(folder: Path) -> Results:
     whole = "about" in record and len(rows) + len(apart) == len(record["methods"]) * len(record["protocols"])
     if not whole or tests is None or any(len(of) != len(traces[key]) for key, of in metrics.items()):
         raise RunError(f"{folder}: the run is not complete; its own command goes on with it")
+    before = with_ability(summarise("(before)", "", metrics[keys[0]], "pre"), run.read("ability-before.json") or {})
     comparison = Comparison(
-        before=with_ability(summarise("(before)", "", metrics[keys[0]], "pre"), run.read("ability-before.json") or {}),
+        before=replace(before, tokens_per_second=run.tokens_per_second("before")),
         rows=rows,
         examples=[],
         curve=_rows(run, Summary, "curve.json") or [],
