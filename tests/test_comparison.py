@@ -164,7 +164,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(methods, requests, lo
     method.hparams.model_name = loaded
     edited = []
 
-    def failing(*_):
+    def failing(*_, **__):
         edited.append(not same_state(before, state(model)))
         raise RuntimeError("in the middle")
 

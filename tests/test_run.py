@@ -144,7 +144,8 @@ def test_data_files_are_edited_and_nothing_is_written_elsewhere(small_world, sma
     folder = tmp_path / "results"
     assert {path.name for path in tmp_path.iterdir()} == {"data.json", "results"}
     assert {path.name for path in folder.iterdir()} == {
-        ".lock", "run.json", "before.jsonl", "measuring.jsonl", "KDPO-single.jsonl", "metrics-KDPO-single.json", "summary.json", "radar.png",
+        ".lock", "run.json", "before.jsonl", "measuring.jsonl", "KDPO-single.jsonl", "metrics-KDPO-single.json",
+        "summary.json", "radar.png",
         "logs", "tests.json", "report.html", "summary.md", *(["easyedit-summary.json"] if on_main() else []),
     }  # fmt: skip
     assert done.stdout.splitlines()[-1] == "the report: results/report.html"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import on_main
+from conftest import on_main, uncosted
 
 from kdpo_easyedit import HParamsError
 from kdpo_easyedit.bench import companions as bench_companions
@@ -143,9 +143,8 @@ def test_a_study_that_is_killed_in_a_trial_goes_on_to_the_same_result(tuned, thr
     tune(["KDPO"], three, tmp_path, workers)
     assert workers.names == ["world/KDPO/trials/001", "world/KDPO/trials/002"]
     assert len(edits) == 3 * 6 + 2  # the edit in which it was killed is made again, and the one that was not measured yet
-    costs = dict.fromkeys(("seconds_per_edit", "megabytes_per_edit", "once_seconds"))
-    assert [{**trial, "rows": [of | costs for of in trial["rows"]]} for trial in trials_of(tmp_path / "world" / "KDPO")] == [
-        {**trial, "rows": [of | costs for of in trial["rows"]]} for trial in whole
+    assert [{**trial, "rows": [uncosted(of) for of in trial["rows"]]} for trial in trials_of(tmp_path / "world" / "KDPO")] == [
+        {**trial, "rows": [uncosted(of) for of in trial["rows"]]} for trial in whole
     ]
 
 

@@ -588,7 +588,7 @@ def _edit_in_sequence(
                     posts: list[Metrics] = []
                     with bar(total=checkpoint, desc=f"{name}, metrics after {checkpoint} edits", leave=last) as measured:
                         while rest := before[len(posts) : checkpoint][:_AT_ONCE]:
-                            with run.measuring(f"{name}-{protocol}") as costs:
+                            with run.measuring(at.removesuffix(".json")) as costs:
                                 posts += measure_after(editor, edited, rest, seed, how, costs=costs)
                             measured.update(len(rest))
                     for entry, done, post in zip(before, journal.entries, posts):
@@ -598,7 +598,7 @@ def _edit_in_sequence(
                     metrics = _judged(run, judge, f"{name}-{protocol}", metrics)
                     run.write(file, to_json(metrics))
                 row = with_ability(summarise(name, protocol, metrics, "post"), reading)
-                rows.append(replace(row, tokens_per_second=run.tokens_per_second(f"{name}-{protocol}")))
+                rows.append(replace(row, tokens_per_second=run.tokens_per_second(at.removesuffix(".json"))))
         if save_edits:
             requests = [entry.requested_rewrite for entry in before]
             write_edits(save_edits, edited, originals, requests, plain(editor.hparams), changes=changes)
