@@ -186,3 +186,37 @@ def test_another_lists_file_is_not_gone_on_with(folder, capsys):
     assert "is of another list, condition or method" in capsys.readouterr().err
     assert main([*arguments(folder)[:3], "FT", "--hparams_dir", "world"]) == 2
     assert "editing_method is FT; allowed for a list: KDPO or KDPO+C" in capsys.readouterr().err
+
+
+def test_a_list_in_a_context_is_measured_there_and_as_plain_text(folder, fresh, requests, capsys):
+    model, tok = fresh
+    gate = ("--regression", str(folder / "prompts.csv"), "--keep_if", "success and locality>=0")
+    assert main(arguments(folder, "--context", "qa", *gate)) == 1
+    rows = json.loads((folder / "list.safetensors.json").read_text())["rows"]
+    kept = [row["request"] for row in rows if row["kept"]]
+    assert read_header(folder / "list.safetensors")["requests"] == kept and {r["context"] for r in kept} == {"qa"}
+    assert "plain" in capsys.readouterr().out and {row["as_plain"] for row in rows} <= {0, 1, None}
+    apply_edits(model, folder / "list.safetensors")
+    assert [says(model, tok, request) for request in kept] == [row["in_the_end"] for row in rows if row["kept"]]
+    (last,) = [row for row in rows if row["request"] == kept[-1]]
+    assert says(model, tok, {**kept[-1], "context": "plain"}) == bool(last["as_plain"])
+    prompts = [row["prompt"] for row in csv.DictReader((folder / "prompts.csv").open())]
+    unedited = AutoModelForCausalLM.from_pretrained(model.config.name_or_path)
+    assert last["locality"] == pytest.approx(Regression(unedited, tok, prompts, "qa").measure(model)["locality"])
+
+
+def test_a_list_has_its_subjects(folder, aware, requests, capsys):
+    """Where positions needs them; without them, each edit says what it lacks."""
+    settings = {key: value for key, value in vars(aware).items() if value is not None} | {
+        "positions": "subject",
+        "layers": [1],
+        "cycles": 40,
+    }
+    (folder / "aware.yaml").write_text(yaml.safe_dump(settings))
+    with (folder / "list.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [[request["prompt"], request["target_new"], request["subject"]] for request in requests[:2]]
+        csv.writer(file).writerows([["prompt", "answer", "subject"], *rows, ["The sky is", "green", ""]])
+    assert main(arguments(folder)) == 1
+    kept = read_header(folder / "list.safetensors")["requests"]
+    assert [request["subject"] for request in kept] == [request["subject"] for request in requests[:2]]
+    assert "3 is not kept: a request's subject is None" in capsys.readouterr().out

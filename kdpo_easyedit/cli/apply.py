@@ -67,10 +67,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for _ in tqdm(work.go_on(), total=len(edits), initial=len(work.rows), unit="edit", disable=options.quiet):
         pass
 
-    table = Table("", "edit", "kept", *MEASURES, "in the end")
+    measures = [key for key in MEASURES if key == "success" or any(row[key] is not None for row in work.rows)]
+    table = Table("", "edit", "kept", *(key.replace("_", " ") for key in measures), "in the end")
     for number, row in enumerate(work.rows, 1):
         edit, kept = f"{row['request']['prompt']:.60} → {row['request']['target_new']}", "yes" if row["kept"] else "no"
-        shown = ["" if row[key] is None else f"{row[key]:.3g}" for key in MEASURES]
+        shown = ["" if row[key] is None else f"{row[key]:.3g}" for key in measures]
         table.add_row(str(number), edit, kept, *shown, {True: "said", False: "not said", None: ""}[row["in_the_end"]])
     console = Console(markup=False, highlight=False)
     console.print(table)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..files import json_text, whole
-from ..method.asking import CONTEXTS
+from ..method.asking import CONTEXTS, context_of
 from ..method.config import HParamsError, KDPOHyperParams
 from ..method.kdpo import EditTrace, apply_kdpo_to_model
 from ..method.kdpo_c import protect_keys, protected_keys
@@ -23,8 +23,8 @@ from .factors import Factors
 from .file import EditsError, apply_edits, one_by_one, read_changes, read_header, save_edits
 from .gate import Gate, Regression
 
-#: What is measured of an edit.
-MEASURES = ("success", "rephrased", "locality", "perplexity")
+#: What is measured of an edit; ``as_plain`` is whether a prompt that is put otherwise says it as a plain text too.
+MEASURES = ("success", "as_plain", "rephrased", "locality", "perplexity")
 
 
 def read_list(path: Path, context: str = CONTEXTS[0]) -> list[dict[str, Any]]:
@@ -169,6 +169,8 @@ class GatedList:
                 self.model, self.tok, [request], self.hparams, return_orig_weights=True, traces=traces
             )
             row["success"] = float(says(self.model, self.tok, request))
+            if context_of(request) != CONTEXTS[0]:
+                row["as_plain"] = float(says(self.model, self.tok, {**request, "context": CONTEXTS[0]}))
             if edit["rephrasings"]:
                 held = [says(self.model, self.tok, {**request, "prompt": prompt}) for prompt in edit["rephrasings"]]
                 row["rephrased"] = sum(held) / len(held)
