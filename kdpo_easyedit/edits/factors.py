@@ -84,26 +84,33 @@ def best(change: Tensor, vectors: Tensor) -> Factors:
 class Residual:
     """Bit patterns less what was computed, where they differ; in integers as small as can hold them.
 
+    Nearly all are of some units in the last place, and a few, around 0, of millions, which are kept apart.
+
     Attributes:
-        gaps: from one such element to the next, counted through the rows; the first one's from −1.
-        by: the differences.
+        parts: of those that fit into eight bits, and of the others, the gaps from one such element to the next, counted through
+            the rows (the first one's from −1), and the differences.
     """
 
-    gaps: Tensor
-    by: Tensor
+    parts: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, true: Tensor, computed: Tensor) -> Residual:
         """What is to be added to a computed weight, for the true one."""
         difference = (bits(true) - bits(computed)).flatten()
-        at = difference.nonzero().squeeze(1)
-        return cls(_small(at.diff(prepend=at.new_tensor([-1]))), _small(difference[at]))
+        fits = difference.to(torch.int8).to(difference.dtype) == difference
+
+        def part(places: Tensor) -> tuple[Tensor, Tensor]:
+            at = places.nonzero().squeeze(1)
+            return _small(at.diff(prepend=at.new_tensor([-1]))), _small(difference[at])
+
+        return cls((part(fits & (difference != 0)), part(~fits)))
 
     def added_to(self, weight: Tensor, sign: int = 1) -> Tensor:
         """The weight with it, in place."""
         patterns = weight.view(_INTEGERS[weight.element_size()]).view(-1)
-        at = self.gaps.cumsum(0, dtype=torch.int64) - 1
-        patterns[at] = patterns[at] + sign * self.by.to(patterns.dtype)
+        for gaps, by in self.parts:
+            at = gaps.cumsum(0, dtype=torch.int64) - 1
+            patterns[at] = patterns[at] + sign * by.to(patterns.dtype)
         return weight
 
 

@@ -31,6 +31,8 @@ from .factors import Changes, Factors, Residual, bits, from_tensors, to_tensors
 LOG = logging.getLogger(__name__)
 
 _HEADER = "kdpo_easyedit"
+# The two parts of a residual, in the names of their tensors.
+_SIZES = ("", "wide-")
 # What a file keeps of a request.
 _OF_REQUEST = ("prompt", "target_new", "subject", "context")
 # The dtypes that a float32 model is served in.
@@ -414,7 +416,8 @@ def _tensors(changes: Mapping[str, Changes]) -> dict[str, Tensor]:
     tensors = to_tensors(of_each)
     for name, its in changes.items():
         for key, residual in (("made", its.made), ("lost", its.lost)):
-            tensors[f"{key}:{name}:gaps"], tensors[f"{key}:{name}:by"] = residual.gaps, residual.by
+            for size, (gaps, by) in zip(_SIZES, residual.parts):
+                tensors[f"{key}:{name}:{size}gaps"], tensors[f"{key}:{name}:{size}by"] = gaps, by
     return tensors
 
 
@@ -454,5 +457,10 @@ def _load(path: str | Path) -> _Edits:
 
 
 def _changes(name: str, of_each: Sequence[Mapping[str, Factors]], tensors: Mapping[str, Tensor]) -> Changes:
-    made, lost = (Residual(tensors[f"{key}:{name}:gaps"], tensors[f"{key}:{name}:by"]) for key in ("made", "lost"))
+    def residual(key: str) -> Residual:
+        none = torch.empty(0, dtype=torch.int8)  # older files have all in one part
+        gaps, by = ([tensors.get(f"{key}:{name}:{size}{what}", none) for size in _SIZES] for what in ("gaps", "by"))
+        return Residual(((gaps[0], by[0]), (gaps[1], by[1])))
+
+    made, lost = residual("made"), residual("lost")
     return Changes([its.get(name) for its in of_each], made, lost)
