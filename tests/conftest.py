@@ -23,10 +23,22 @@ from kdpo_easyedit.bench import datasets
 from kdpo_easyedit.bench.schema import Summary
 from kdpo_easyedit.easyedit import host
 from kdpo_easyedit.easyedit.statistics import build_world
+from kdpo_easyedit.models.packed import DEFAULT, MODELS, WIKIPEDIA
 from kdpo_easyedit.models.world import Recipe, World
 
 #: Where the models of the tests of the method lie: ``KDPO_TEST_DEVICE=cuda pytest tests/test_parity.py tests/test_kdpo.py …``.
 DEVICE = os.environ.get("KDPO_TEST_DEVICE", "cpu")
+
+
+def real(test: Any) -> Any:
+    """For tests on the real model, where its wheels are installed: ``pytest -m real`` runs them alone."""
+    return pytest.mark.real(pytest.mark.skipif(missing(), reason="\n".join(missing()))(test))
+
+
+def missing() -> list[str]:
+    """How the wheels of the real model and its text are had, as far as they are not installed."""
+    return [wheel.command for wheel in (MODELS[DEFAULT], WIKIPEDIA) if not wheel.is_installed]
+
 
 REFERENCE = Path(__file__).parent / "reference"
 ROOT = Path(__file__).parent.parent

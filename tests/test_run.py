@@ -12,9 +12,11 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import yaml
-from conftest import ROOT, on_main
+from conftest import ROOT, on_main, real
 
+from kdpo_easyedit.bench.facts import FILES
 from kdpo_easyedit.cli.main import main
+from kdpo_easyedit.models.packed import wikipedia_openings
 
 
 def run(*arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -104,7 +106,7 @@ def test_bad_input_gets_one_line_before_anything_is_done(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDPO_CACHE", str(tmp_path / "cache"))
     try:
-        assert main(arguments) == 2
+        assert main(arguments if "--hparams_dir" in arguments else [*arguments, "--hparams_dir", "world"]) == 2
     except SystemExit as error:  # argparse's way
         assert error.code == 2
     printed = capsys.readouterr()
@@ -113,7 +115,7 @@ def test_bad_input_gets_one_line_before_anything_is_done(tmp_path, monkeypatch, 
 
 
 def test_an_easyedit_that_is_not_there_is_told_in_one_line(tmp_path):
-    done = run("--easyedit_dir", "nowhere", folder=tmp_path)
+    done = run("--hparams_dir", "world", "--easyedit_dir", "nowhere", folder=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "EASYEDIT_HOME is 'nowhere'" in done.stderr and "git clone" in done.stderr
 
@@ -181,9 +183,8 @@ def test_the_ablation_is_one_command_and_one_table(small_world, small_yaml, tmp_
     ]
 
 
-def test_the_default_run_is_the_main_job(tmp_path):
-    """The first command of the README, world included."""
-    done = run(folder=tmp_path)
+def test_the_main_job_on_the_world(tmp_path):
+    done = run("--hparams_dir", "world", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "output"
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
@@ -201,6 +202,24 @@ def test_the_default_run_is_the_main_job(tmp_path):
     assert matplotlib.image.imread(folder / "curve.png").shape[1] > 1000
     assert [r["n_edits"] for r in json.loads((folder / "curve.json").read_text()) if r["method"] == "KDPO"] == [1, 10, 20]
     assert done.stdout.count("before  ") == done.stdout.count("after   ") == 3
+
+
+@real
+def test_the_default_run_is_the_main_job_on_the_real_model(tmp_path):
+    """The first command of the README, with one edit, and little text for second moments."""
+    (tmp_path / "text.txt").write_text("\n".join(wikipedia_openings()[:30]))
+    done = run("--ds_size", 1, "--stats_text", "text.txt", "--no_fluency", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["method"], row["protocol"]): row for row in json.loads((tmp_path / "output" / "summary.json").read_text())}
+    assert list(rows) == [(m, p) for p in ("single", "sequential") for m in ("KDPO", "KDPO+C", "FT", "ROME", "MEMIT")]
+    assert all(row["n_edits"] == 1 and not row["failed"] for row in rows.values())
+    assert all(rows[method, "sequential"]["perplexity"] > 5 for method, _ in rows)
+    assert min(rows[method, "single"]["edit_success"] for method in ("KDPO", "KDPO+C", "ROME")) == 100
+    (first, *_) = json.loads(FILES["reported"].read_text())
+    assert f"{first['prompt']}   → {first['target_new']}" in " ".join(done.stdout.split("\n"))
+    (before,) = re.findall(r"^    before  (.*)", done.stdout, re.M)
+    (after,) = re.findall(r"^    after   (.*)", done.stdout, re.M)
+    assert before.startswith(first["ground_truth"][0]) and after.startswith(first["target_new"])
 
 
 def test_statistics_that_are_missing_are_told_or_made_from_a_text(small_world, tmp_path):

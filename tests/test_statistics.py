@@ -64,10 +64,11 @@ def far_from(expected: torch.Tensor, found: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("batch_tokens", [70, 2048])
+@pytest.mark.parametrize(("batch_tokens", "block"), [(70, 60), (2048, 512)])
 @pytest.mark.parametrize(("which", "names"), [("llama", LLAMA), ("gpt2", GPT2)])
-def test_they_are_those_of_a_plain_loop_in_whatever_batches(which, names, batch_tokens):
+def test_they_are_those_of_a_plain_loop_in_whatever_batches(which, names, batch_tokens, block, monkeypatch):
     """Linear and Conv1D; texts of several lengths, so that there is padding, which does not count."""
+    monkeypatch.setattr(statistics, "_BLOCK", block)
     model, tok = load(which)
     found = statistics.collect(model, tok, names, TEXTS, batch_tokens=batch_tokens, quiet=True)
     assert list(found) == names

@@ -111,7 +111,23 @@ def test_a_sweep_is_its_cells_run_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", str(write(tmp_path, **TWO)), "--quiet", *LOCAL]) == 0
     assert "4 of 4 runs are done, 1 loads of a model for 4 cells" in capsys.readouterr().out
-    assert main(["--editing_method", "KDPO", "FT", "--ds_size", "2", "--metrics_save_dir", "alone", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "--hparams_dir",
+                "world",
+                "--editing_method",
+                "KDPO",
+                "FT",
+                "--ds_size",
+                "2",
+                "--metrics_save_dir",
+                "alone",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     cells = from_json(Cell, json.loads(Path("sweep/sweep.json").read_text()))
     assert [(cell.state, cell.tries) for cell in cells] == [("done", 1)] * 4
     for cell in cells:

@@ -213,7 +213,19 @@ def test_another_study_in_the_folder_is_refused(tuned, three):
 
 def test_the_command_tells_what_was_found(tuned, capsys):
     folder, _, second, _ = tuned
-    command = ["tune", "--editing_method", *METHODS, "--trials", "3", "--ds_size", "3", "--metrics_save_dir", str(folder)]
+    command = [
+        "tune",
+        "--hparams_dir",
+        "world",
+        "--editing_method",
+        *METHODS,
+        "--trials",
+        "3",
+        "--ds_size",
+        "3",
+        "--metrics_save_dir",
+        str(folder),
+    ]
     assert main([*command, "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{found.best:.2f}" in printed and str(found.file) in printed.replace("\n", "") for found in second)

