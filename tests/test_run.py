@@ -19,7 +19,7 @@ from kdpo_easyedit.cli.main import main
 from kdpo_easyedit.models.packed import wikipedia_openings
 
 
-def run(*arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+def run(*arguments: object, folder: Path, timeout: int = 600, **environment: str) -> subprocess.CompletedProcess:
     """The command line, from a folder of its own."""
     return subprocess.run(
         [sys.executable, str(ROOT / "run_kdpo.py"), *map(str, arguments)],
@@ -27,7 +27,7 @@ def run(*arguments: object, folder: Path, **environment: str) -> subprocess.Comp
         env={**os.environ, "COLUMNS": "120", **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
     )
 
 
@@ -208,7 +208,10 @@ def test_the_main_job_on_the_world(tmp_path):
 def test_the_default_run_is_the_main_job_on_the_real_model(tmp_path):
     """The first command of the README, with one edit, and little text for second moments."""
     (tmp_path / "text.txt").write_text("\n".join(wikipedia_openings()[:30]))
-    done = run("--ds_size", 1, "--stats_text", "text.txt", "--no_fluency", folder=tmp_path)
+    (tmp_path / "read.txt").write_text("\n".join(wikipedia_openings("perplexity")[:3]))
+    done = run(
+        "--ds_size", 1, "--stats_text", "text.txt", "--ability_text", "read.txt", "--no_fluency", folder=tmp_path, timeout=3000
+    )
     assert done.returncode == 0, done.stderr
     rows = {(row["method"], row["protocol"]): row for row in json.loads((tmp_path / "output" / "summary.json").read_text())}
     assert list(rows) == [(m, p) for p in ("single", "sequential") for m in ("KDPO", "KDPO+C", "FT", "ROME", "MEMIT")]
