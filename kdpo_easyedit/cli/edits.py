@@ -74,4 +74,5 @@ def _remove(file: Path, number: int, name: str | None) -> None:
 
 
 def _shown(request: Mapping[str, Any]) -> str:
-    return f"{request['prompt']!r} → {request['target_new']!r}"
+    where = f"in {request['context']}: " if "context" in request else ""
+    return f"{where}{request['prompt']!r} → {request['target_new']!r}"
