@@ -27,7 +27,7 @@ from kdpo_easyedit.method.config import HPARAMS_DIR, read_yaml
 from kdpo_easyedit.sweep import development, space, tuning
 from kdpo_easyedit.sweep.development import read_development
 from kdpo_easyedit.sweep.space import Range, Space
-from kdpo_easyedit.sweep.tasks import Event, Here, Task
+from kdpo_easyedit.sweep.tasks import Event, Here, Task, connect
 from kdpo_easyedit.sweep.tuning import HOW, TuneError, Tuning, score, tune
 
 ALL = sorted(file.stem for file in (Path(space.__file__).parent / "spaces").glob("*.yaml"))
@@ -371,3 +371,16 @@ def test_trials_side_by_side_choose_the_same_whichever_is_done_first(three, tmp_
         found.append([trials_of(tmp_path / str(order) / "world" / method) for method in METHODS])
     assert found[0] == found[1] and [len(of) for of in found[0]] == [8, 8]
     assert len({trial["params"]["lr"] for trial in found[0][0]}) == 8
+
+
+def test_on_a_cluster_the_same_is_found_as_here(three, tmp_path):
+    pytest.importorskip("ray")
+    asked = replace(three, trials=2, at_once=2, protocols=["single"], requests=three.requests[:2])
+    found = []
+    for address in ("local", None):  # None: a cluster of this machine's own
+        folder = tmp_path / str(address)
+        folder.mkdir()
+        with connect(address, folder) as workers:
+            found.append(tune(["FT"], asked, folder, workers))
+    here, there = ([(of.method, of.trials, of.present, of.best, of.changed) for of in its] for its in found)
+    assert here == there and found[0][0].file.read_text() == found[1][0].file.read_text()
