@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -54,3 +55,16 @@ def test_provided_yamls_are_found_by_name_from_any_folder(wheel, tmp_path):
 def test_the_code_is_clean(command):
     done = python("-m", *command, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+#: docs/architecture.md: what stands to the left knows nothing of what stands to the right of it.
+ORDER = ("method", "models", "edits", "easyedit", "bench", "report", "sweep", "cli")
+
+
+def test_imports_point_down():
+    found = []
+    for place, folder in enumerate(ORDER):
+        above = "|".join(ORDER[place + 1 :])
+        for file in (ROOT / "kdpo_easyedit" / folder).glob("*.py"):
+            found += re.findall(rf"^ *from \.\.(?:{above or 'nothing'})\b.*", file.read_text(encoding="utf-8"), re.MULTILINE)
+    assert found == []

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from kdpo_easyedit.bench.schema import Cell, from_json
 from kdpo_easyedit.cli.main import main
 from kdpo_easyedit.sweep.plan import read_plan
+from kdpo_easyedit.sweep.run import opened, run
 from kdpo_easyedit.sweep.tasks import TRIES, Here, Place, Task
 
 LOCAL = ["--address", "local"]
@@ -194,3 +195,25 @@ def test_a_cell_that_cannot_be_run_leaves_the_others(tmp_path, monkeypatch, caps
     assert "could not be acquired" in cells["KDPO"].error
     assert main(["sweep", str(path), "--quiet", *LOCAL]) == 0
     assert "2 of 2 runs are done, 1 loads of a model for 1 cells" in capsys.readouterr().out
+
+
+def test_second_moments_are_taken_once_a_layer_and_kept_in_the_sweeps_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(f"Person {n} works as a painter in the city." for n in range(30)))
+    one = {"models": "world", "methods": ["KDPO", "KDPO+C"], "sizes": 1, "seeds": [0, 1], "no_fluency": True}
+    plan = read_plan(write(tmp_path, **one, stats_text="text.txt"))
+    made = []
+    with opened(plan, Path("sweep")) as sweep:
+        for event in run(sweep, Here(sweep.folder)):
+            made += [event.task.name] if event.state == "done" and event.task.name.startswith("statistics") else []
+    assert {cell.state for cell in sweep.cells.values()} == {"done"}
+    (layer,) = plan.hparams["world/KDPO+C_own-1_single_seed-0"].layers
+    (name,) = made
+    assert name.startswith(f"statistics/world/layer-{layer}-text-")
+    (file,) = Path("sweep/statistics").rglob("*.npz")
+    assert file.with_suffix(".json").exists() and f"h.{layer}.mlp" in file.name
+    assert not [left for left in Path("sweep/unfinished").rglob("*") if left.is_file()]
+    for seed in (0, 1):
+        run_json = json.loads(Path(f"sweep/cells/world/KDPO+C_own-1_single_seed-{seed}/run.json").read_text())
+        assert run_json["methods"]["KDPO+C"]["stats_dir"] == str(tmp_path / "sweep/statistics/world")
+        assert run_json["methods"]["KDPO+C"]["mom2_n_samples"] == 30

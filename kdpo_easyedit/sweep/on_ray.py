@@ -47,7 +47,7 @@ class _Worker:
     def __init__(self, root: str | None, threads: int, environment: Mapping[str, str], send_every: float) -> None:
         os.environ.update(environment)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # what torch reads when it is imported, which it is not yet
-        self._own = None if root else Path(tempfile.mkdtemp(prefix="kdpo-sweep-"))
+        self._own = None if root else _folder_of_ones_own()
         self.place = Place(Path(root or str(self._own)))
         self._sent: Sent = {}
         self._send_every = send_every
@@ -88,6 +88,18 @@ class _Worker:
             shutil.rmtree(self._own, ignore_errors=True)
 
 
+def _folder_of_ones_own() -> Path:
+    """A folder for this process; those that killed ones have left are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_OWN}*"):
+        with suppress(ValueError, OSError):
+            try:
+                os.kill(int(left.name.removeprefix(_OWN).partition("-")[0]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_OWN}{os.getpid()}-"))
+
+
+_OWN = "kdpo-sweep-"
 Key = tuple[Hashable, Resources]
 
 
