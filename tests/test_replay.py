@@ -195,8 +195,20 @@ def test_steps_from_a_start_leave_out_what_comes_before_it(architecture, layers,
         margins = pair_margin(suffix.pair_logits(weights, pairs))
         gradients = torch.autograd.grad(margins.sum(), list(weights.values()))
         whole = suffix.target_logits(weights)
-        at = torch.tensor([row * (batch.shape[1] - 1) + start for row, start in enumerate(starts)])
-        assert suffix.in_steps(at).tolist() == [0, P + T - 1 - START, 2 * (P + T - 1 - START)]
+        run = P + T - 1 - START
+        assert suffix.at([0, 1, 2], [[start, start + 1] for start in starts]).tolist() == [
+            0,
+            1,
+            run,
+            run + 1,
+            2 * run,
+            2 * run + 1,
+        ]
+        suffix.select([2, 0])
+        assert suffix.at([2, 0], [[starts[2]], [starts[0] + 1]]).tolist() == [0, run + 1]
+        torch.testing.assert_close(suffix.step_logits(weights), logits[[2, 0]], rtol=1e-5, atol=1e-5)
+        suffix.select([0, 1, 2])
+        torch.testing.assert_close(suffix.step_logits(weights), logits)
     with frozen(model):
         expected = torch.cat(
             [from_start(model, names, weights, row, s)[:, p - 1 : -1] for row, p, s in zip(rows, prompts, starts)]

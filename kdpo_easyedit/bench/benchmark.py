@@ -254,8 +254,8 @@ def measure_usage(model: PreTrainedModel, hparams: KDPOHyperParams, tokens: int 
     times: dict[str, list[float]] = {key: [] for key in ("plain", "aware", "products", "update")}
     aware = replace(once, mom2_adjustment=True)
     for _ in range(repeats + 1):
-        times["plain"].append(_seconds(execute, model, _numbers, request, once, {}))
-        times["aware"].append(_seconds(execute, model, _numbers, request, aware, {name: usage}))
+        times["plain"].append(_seconds(execute, model, _numbers, [request], once, {}))
+        times["aware"].append(_seconds(execute, model, _numbers, [request], aware, {name: usage}))
         times["products"].append(_seconds(usage.times, keys))
         times["update"].append(_seconds(usage.protecting, keys))
     medians = {key: statistics.median(found[1:]) for key, found in times.items()}  # the first warmed up

@@ -302,7 +302,7 @@ class KDPOHyperParams:
     mom2_n_samples: int = _field("the statistics' number of texts, as in MEMIT's YAMLs", _count, 100000)
     mom2_dtype: str = _field("the statistics' precision, as in MEMIT's YAMLs", _one_of("float32", "float64"), "float32")
     stats_dir: str = _field("where EasyEdit keeps statistics", _text, "./data/stats")
-    batch_size: int = _field("KDPO makes one edit at a time: 1", _one_of(1), 1)
+    batch_size: int = _field("edits that are made together, in one optimisation, of those of one call", _count, 1)
     max_length: int = _field("EasyEdit's metrics truncate to it", _count, 40)
     model_parallel: bool = _field("spread the model over the devices there are", _flag, False)
     dtype: Any = _field("load the model in it; left out: float32", _one_of(None, *DTYPES), None)
@@ -356,7 +356,7 @@ class KDPOHyperParams:
         elif self.positions != "all":
             raise HParamsError(f"positions is {self.positions!r}; allowed without mom2_adjustment: 'all'")
         if self.negatives == "autoregressive":
-            for key, neutral in (("margin", False), ("contexts", 0)):
+            for key, neutral in (("margin", False), ("contexts", 0), ("batch_size", 1)):
                 if getattr(self, key) != neutral:
                     raise HParamsError(f"{key} is {getattr(self, key)!r}; allowed with negatives: autoregressive: {neutral!r}")
         loading_dtype(self)

@@ -10,6 +10,7 @@ needed times its keys, once. The keys of a finished edit are added to C, so that
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..once import once
 from .config import HParamsError, KDPOHyperParams
+from .preference import means
 from .statistics import StatisticsError, fingerprints, statistics_files
 from .statistics import read as read_moment
 from .weights import Weights, checksum, read
@@ -79,13 +81,11 @@ class Usage:
 
 
 class Change:
-    """A change of one projection, Δ = Aᵀ K S, in an edit under way.
+    """A change of one projection, Δ = Aᵀ K S, in edits under way. It is added to all that the projection gives.
 
     Args:
         usage: what the projection is used for.
-        keys: K, what the projection is given where Δ is built from, at the edit's start; float32, ``[n, in]``.
-        at: where that is among the rows that the projection is given in a step, int64 ``[n]``; None: those are K. Δ is added
-            to all of them.
+        keys: K, what the projection is given where Δ is built from, at the edits' start; float32, ``[n, in]``.
         width: of the projection's output.
 
     Attributes:
@@ -94,28 +94,32 @@ class Change:
         nudge: zeros, ``[n, out]``, whose gradient is the loss's at the projection's output.
     """
 
-    def __init__(self, usage: Usage, keys: Tensor, at: Tensor | None, width: int) -> None:
+    def __init__(self, usage: Usage, keys: Tensor, width: int) -> None:
         self.usage, self.keys = usage, keys
-        self.at = None if at is None else at.to(keys.device)
         self.basis = usage.times(keys.cpu()).to(keys.device)
         self.coefficients = keys.new_zeros(len(keys), width)
         self.nudge = torch.zeros_like(self.coefficients, requires_grad=True)
 
     def added_to(self, output: Tensor, keys: Tensor) -> Tensor:
         """The changed projection's output, from its own and its input: ``[B, L, out]`` and ``[B, L, in]``."""
-        now = keys.to(output.device).flatten(0, -2).float()
-        change = now @ self.basis.T @ self.coefficients
-        if torch.is_grad_enabled():  # in a step
-            change = change + self.nudge if self.at is None else change.index_add(0, self.at, self.nudge)
+        return output + self._of(keys.to(output.device)).to(output.dtype).view_as(output)
+
+    def _of(self, keys: Tensor) -> Tensor:
+        return keys.flatten(0, -2).float() @ self.basis.T @ self.coefficients
+
+
+class _Nudged:
+    """A change in a step, which is to have a gradient: the arguments are those of :meth:`SteepestDescent.in_step`."""
+
+    def __init__(self, change: Change, at: Tensor | None, which: Tensor | None) -> None:
+        self.change, self.at, self.which = change, at, which
+
+    def added_to(self, output: Tensor, keys: Tensor) -> Tensor:
+        change, nudge = self.change._of(keys.to(output.device)), self.change.nudge
+        if self.which is not None:
+            nudge = nudge[self.which.to(nudge.device)]
+        change = change + nudge if self.at is None else change.index_add(0, self.at.to(change.device), nudge)
         return output + change.to(output.dtype).view_as(output)
-
-    def metric(self, gradient: Tensor) -> float:
-        """tr(G S Gᵀ), from the gradient at the output, ``[n, out]``."""
-        return (gradient * (self.keys @ self.basis.T @ gradient)).sum().item()
-
-    def dense(self) -> Tensor:
-        """Δ: float32, ``[out, in]``."""
-        return self.coefficients.T @ self.basis
 
 
 class SteepestDescent:
@@ -124,6 +128,11 @@ class SteepestDescent:
 
     A step's size so means the same for every model, layer and damping; of several sequences it is what their margins gain in
     the mean. The cycle's later steps have the same rate η, and the loss's gradient shrinks them as the preference is learnt.
+    Edits that are made together have a rate each.
+
+    Args:
+        keys: what the changes are built from, by the names of the weights, float32 ``[n, in]``, edit by edit.
+        sizes: how many of them are each edit's.
 
     Attributes:
         weights: the changes, by the names of the weights.
@@ -137,59 +146,90 @@ class SteepestDescent:
         hparams: KDPOHyperParams,
         scale: float,
         keys: Mapping[str, Tensor],
-        at: Tensor | None,
+        sizes: Sequence[int],
     ) -> None:
         self.model, self.originals, self.hparams = model, originals, hparams
-        self.weights = {name: Change(usage, keys[name], at, _outputs(model, name)) for name, usage in usages.items()}
+        self.weights = {name: Change(usage, keys[name], _outputs(model, name)) for name, usage in usages.items()}
         self.scale = scale
-        self.rate: float | None = None
-        self.stepped = False
+        self.parts = [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes))]
+        self.edits = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # of each key
+        self.rates = [math.inf] * len(sizes)
+        self.stepped = [False] * len(sizes)
+        self.slopes: dict[int, float] = {}
+        self.gradients: list[Tensor] = []
 
-    def begin_cycle(self) -> None:
-        self.rate = None
+    def in_step(self, at: Tensor | None, which: Tensor | None) -> dict[str, _Nudged]:
+        """The changes in a step; see :class:`.packs.Update`."""
+        return {name: _Nudged(change, at, which) for name, change in self.weights.items()}
 
-    def step(self, losses: Tensor) -> None:
-        """A step down the mean of the losses, ``[B]``."""
-        self.stepped = True
+    def begin_cycle(self, edit: int) -> None:
+        self.rates[edit] = math.inf
+
+    def descend(self, losses: Tensor, edits: Tensor) -> None:
+        """Take in the gradient of losses; see :class:`.packs.Update`."""
+        count = len(self.parts)
+        nudges = [change.nudge for change in self.weights.values()]
+        found = torch.autograd.grad(self.scale * means(losses, edits, count).sum(), nudges)
+        gradients = [gradient / self.scale for gradient in found]
+        self.gradients = [a + b for a, b in zip(self.gradients, gradients)] if self.gradients else gradients
+        # L = −log σ(β · margin) has the slope −β (1 − exp −L).
+        slopes = means(-torch.expm1(-losses.detach()), edits, count).tolist()
+        self.slopes |= {edit: slopes[edit] for edit in set(edits.tolist())}
+
+    def step(self) -> None:
+        """A step down the sum of the edits' losses."""
         changes = list(self.weights.values())
-        gradients = [g / self.scale for g in torch.autograd.grad(self.scale * losses.mean(), [c.nudge for c in changes])]
-        if self.rate is None or self.hparams.margin:
-            # On the way to a margin no step gains more than the first: where the ground grows steeper it would go far beyond.
-            self.rate = min(self.rate or math.inf, self._rate(changes, gradients, losses.tolist()))
-        for change, gradient in zip(changes, gradients):
-            change.coefficients -= self.rate * gradient
+        metrics = [0.0] * len(self.parts)
+        for change, gradient in zip(changes, self.gradients):
+            metrics = [a + b for a, b in zip(metrics, self._metrics(change, gradient))]
+        for edit, slope in self.slopes.items():
+            self.stepped[edit] = True
+            if math.isinf(self.rates[edit]) or self.hparams.margin:
+                # On the way to a margin no step gains more than the first: where the ground grows steeper it would go too far.
+                self.rates[edit] = min(self.rates[edit], self._rate(metrics[edit], slope))
+        taken = [self.rates[edit] if edit in self.slopes else 0.0 for edit in range(len(self.parts))]
+        rates = torch.tensor(taken)[self.edits].unsqueeze(-1)
+        for change, gradient in zip(changes, self.gradients):
+            change.coefficients -= rates.to(gradient.device) * gradient
+        self.slopes, self.gradients = {}, []
 
-    def _rate(self, changes: Sequence[Change], gradients: Sequence[Tensor], losses: Sequence[float]) -> float:
-        """A step of rate η lowers their mean by η tr(G S Gᵀ), and L = −log σ(β · margin) has the slope −β (1 − exp −L)."""
-        metric = sum(change.metric(gradient) for change, gradient in zip(changes, gradients))
+    def _metrics(self, change: Change, gradient: Tensor) -> list[float]:
+        """tr(G S Gᵀ) of each edit's own gradient at the output, of ``[n, out]``."""
+        along = [change.keys[part] @ change.basis[part].T @ gradient[part] for part in self.parts]
+        sums = (gradient * torch.cat(along)).sum(-1)
+        edits = self.edits.to(sums.device)
+        return sums.new_zeros(len(self.parts)).index_add(0, edits, sums).tolist()
+
+    def _rate(self, metric: float, slope: float) -> float:
+        """A step of rate η lowers an edit's loss by η tr(G S Gᵀ)."""
         logits = self.hparams.mom2_step * self.hparams.step_scale
         # What is not a number makes one that is not, which ends the edit.
-        slope = sum(-math.expm1(-loss) for loss in losses) / len(losses)
         return 0.0 if metric <= 0 else logits * self.hparams.beta * slope / metric
 
     def result(self) -> dict[str, Tensor]:
         """The new weights, float32, as the model stores them."""
         found = {name: original.to(torch.float32, copy=True) for name, original in self.originals.items()}
         for name, change in self.weights.items():
-            if self.stepped:
-                delta = change.dense()
+            if any(self.stepped):
+                delta = change.coefficients.T @ change.basis
                 found[name] = found[name].to(delta.device) + (delta.T if _transposed(self.model, name) else delta)
         return found
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """What is added to the weights as the model stores them: L and R of Δ = L R, float32, on the CPU."""
+    def factors(self, edit: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """What an edit adds to the weights as the model stores them: L and R of its Δ = L R, float32, on the CPU."""
         found = {}
         for name, change in self.weights.items():
-            if self.stepped:
-                left, right = change.coefficients.T, change.basis
+            if self.stepped[edit]:
+                left, right = change.coefficients[self.parts[edit]].T, change.basis[self.parts[edit]]
                 pair = (right.T, left.T) if _transposed(self.model, name) else (left, right)
                 found[name] = (pair[0].cpu().contiguous(), pair[1].cpu().contiguous())
         return found
 
     def usages(self) -> dict[str, Usage]:
-        """What the projections are used for once this edit is one of those made."""
+        """What the projections are used for once these edits are among those made."""
+        made = torch.tensor(self.stepped)[self.edits]
         return {
-            name: change.usage.protecting(change.keys.cpu()) if self.stepped else change.usage
+            name: change.usage.protecting(change.keys[made.to(change.keys.device)].cpu()) if made.any() else change.usage
             for name, change in self.weights.items()
         }
 

@@ -259,3 +259,19 @@ def preference_loss(margin: Tensor, reference_margin: Tensor, beta: float) -> Te
         A number a sequence, log 2 where the two margins are equal.
     """
     return -F.logsigmoid(beta * (margin - reference_margin))
+
+
+def means(values: Tensor, of: Tensor, count: int | None = None) -> Tensor:
+    """The mean of what belongs together.
+
+    Args:
+        values: ``[R]``.
+        of: what each belongs to, int64 ``[R]``, from 0 on.
+        count: of these; left out, as many as ``of`` names.
+
+    Returns:
+        ``[count]``; 0 of what has no values.
+    """
+    count = int(of.max()) + 1 if count is None else count
+    numbers = torch.bincount(of, minlength=count).clamp(min=1)
+    return values.new_zeros(count).index_add(0, of, values) / numbers

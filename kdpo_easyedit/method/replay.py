@@ -100,14 +100,16 @@ class _Pass:
         at: where the target is predicted from: an index that leads from ``[B, L, …]`` to ``[B, T, …]``.
         others: the model's other arguments.
         lowest_input: the input of the lowest W, where it is known already.
-        stand_ins: what modules are to do in this pass.
+        kept: what modules give in this pass, without being run.
+        narrowed: a module that works on each position by itself, and is to see the target's only.
     """
 
     input_ids: Tensor
     at: tuple[Any, Any]
     others: dict[str, Any]
     lowest_input: Tensor | None = None
-    stand_ins: dict[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+    kept: dict[nn.Module, Any] = field(default_factory=dict)
+    narrowed: nn.Module | None = None
 
 
 class Suffix:
@@ -124,6 +126,7 @@ class Suffix:
         input_ids: int64, ``[B, L]``. A shorter sequence is padded on its right, where nothing before the padding sees it.
         prompt_length: P, of every sequence or of each; positions P−1 … P+T−2 predict the T target tokens, the longest's last.
         starts: of each sequence the position, below P, from which on steps run it; left out, they run all of it.
+        targets: T, of each; left out, all have the same. What is found beyond a shorter one's means nothing.
 
     Attributes:
         own_logits: what the model as it stands gives at the target's positions, ``[B, T, V]``: the reference.
@@ -155,6 +158,7 @@ class Suffix:
         input_ids: Tensor,
         prompt_length: int | Sequence[int],
         starts: Sequence[int] | None = None,
+        targets: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.weights = weights
@@ -166,11 +170,14 @@ class Suffix:
         ids = input_ids[:, :-1]  # nothing is predicted from the last token
         others = {"attention_mask": torch.ones_like(ids), "use_cache": False}
         # The model with all that it does. What runs the whole, and what steps run, is the same at best, and never more.
-        self._plain = _Pass(ids, _predicting(prompt_length, ids.shape[1]), others)
+        self.targets = targets
+        self._plain = _Pass(ids, _predicting(prompt_length, ids.shape[1], targets), others)
         self._whole = self._steps = self._plain
         self.replays = False
         self._last_mlp: nn.Module | None = None
         self._cache: DynamicCache | None = None
+        self._from_start: _Pass | None = None
+        self._selected = list(range(len(ids)))
         self._restore = ExitStack()
 
     def __enter__(self) -> Suffix:
@@ -216,17 +223,44 @@ class Suffix:
         return self._forward(self._steps, weights, lambda hidden: self._rows(hidden, of_batch)).view_as(pairs)
 
     @property
-    def own_inputs(self) -> int:
+    def length(self) -> int:
         """L − 1."""
         return self._plain.input_ids.shape[1]
 
-    def in_steps(self, at: Tensor) -> Tensor:
-        """Where positions of the whole, in ``[B, L − 1]`` flattened, are among those that steps run, flattened as well."""
-        if self.starts is None:
-            return at
-        length = self.own_inputs
-        starts = torch.tensor(self.starts, device=at.device)
-        return at // length * self._steps.input_ids.shape[1] + at % length - starts[at // length]
+    def at(self, rows: Sequence[int], places: Sequence[Sequence[int]]) -> Tensor:
+        """Where positions of some sequences are in steps that run these: among all positions of all of them; int64 ``[n]``."""
+        starts = [0] * self._plain.input_ids.shape[0] if self.starts is None else self.starts
+        length = self._steps.input_ids.shape[1]
+        return torch.tensor([n * length + at - starts[row] for n, row in enumerate(rows) for at in places[n]])
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Let steps run some of the sequences only, as long as they start somewhere; ``rows`` is none too many."""
+        if self._from_start is None or list(rows) == self._selected:
+            return
+        self._selected, count = list(rows), len(self._plain.input_ids)
+        if self._selected == list(range(count)):
+            self._steps = self._from_start
+            return
+        length = self._from_start.input_ids.shape[1]
+
+        def some(kept: Any) -> Any:
+            if isinstance(kept, (tuple, list)):
+                return tuple(map(some, kept))
+            if isinstance(kept, Tensor) and kept.shape[:1] == (count,):
+                return kept[torch.tensor(rows, device=kept.device)]
+            if isinstance(kept, Tensor) and kept.shape[:1] == (count * length,):
+                return some(kept.unflatten(0, (count, length))).flatten(0, 1)
+            if isinstance(kept, Cache):
+                layers: list[Any] = kept.layers
+                return Cache(layers=[_Before(some(layer.keys), some(layer.values)) for layer in layers])
+            return kept
+
+        whole, at = self._from_start, self._from_start.at
+        if isinstance(at[1], Tensor):
+            at = torch.arange(len(rows)).unsqueeze(-1), at[1][torch.tensor(rows)]
+        others = {name: some(value) for name, value in whole.others.items()}
+        kept = {module: some(output) for module, output in whole.kept.items()}
+        self._steps = _Pass(some(whole.input_ids), at, others, some(whole.lowest_input), kept, whole.narrowed)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -238,8 +272,10 @@ class Suffix:
     ) -> Tensor:
         """The model's logits; with a ``head``, what it makes of the hidden states that predict the target."""
         with ExitStack() as stack:
-            for module, forward in how.stand_ins.items():
-                stack.enter_context(forward_as(module, forward))
+            for module, output in how.kept.items():
+                stack.enter_context(forward_as(module, _returning(output)))
+            if how.narrowed is not None:
+                stack.enter_context(forward_as(how.narrowed, _narrow(how, how.narrowed.forward)))
             if weights is not None:
                 stack.enter_context(projecting_with(self.projections, weights, how.lowest_input))
             if head is not None:
@@ -335,47 +371,31 @@ class Suffix:
         self.replays = True
         if self.starts is not None:
             try:
-                self._steps = self._narrowing(self._from(self.starts))
+                self._steps = self._from_start = self._from(self.starts)
                 self._check()
             except CannotReplay as reason:
                 self._run_all_tokens(reason)
             else:
                 # Of the whole all is run: whether what is kept would do there, too, would take as long to check.
-                self._whole = self._narrowing(self._plain)
+                self._whole = replace(self._plain, narrowed=self._last_mlp)
                 return
-        self._whole = self._steps = self._narrowing(self._keeping(self._plain, self._lowest_input, self._constant_outputs))
+        self._whole = self._steps = replace(
+            self._plain, lowest_input=self._lowest_input, kept=self._constant_outputs, narrowed=self._last_mlp
+        )
         self._check()
 
     def _run_all_tokens(self, reason: CannotReplay) -> None:
-        self.starts = self._cache = None
+        self.starts = self._cache = self._from_start = None
         self._tell("every step runs all tokens", reason)
-
-    def _keeping(self, how: _Pass, lowest_input: Tensor, outputs: dict[nn.Module, Any]) -> _Pass:
-        """A pass in which what W cannot change is not run again."""
-        self._kept = [lowest_input, *outputs.values()]
-        return replace(how, lowest_input=lowest_input, stand_ins={m: _returning(output) for m, output in outputs.items()})
-
-    def _narrowing(self, how: _Pass) -> _Pass:
-        """A pass in which the last layer's MLP, which works on each position by itself, is run on the target's only."""
-        if self._last_mlp is None:
-            return how
-        forward = self._last_mlp.forward
-
-        def narrowed(hidden: Tensor) -> Tensor:
-            at_target = forward(_at_target(how, hidden))
-            output = torch.zeros_like(hidden, device=at_target.device)
-            output[how.at] = at_target
-            return output
-
-        return replace(how, stand_ins={**how.stand_ins, self._last_mlp: narrowed})
 
     def _from(self, starts: Sequence[int]) -> _Pass:
         """A pass over the tokens from ``starts`` on, aligned there: the tokens before them are in the model's cache."""
         ids = self._plain.input_ids
         rows, length = ids.shape
-        targets = self.own_logits.shape[1]
+        targets = self.targets or [self.own_logits.shape[1]] * rows
         prompts = [self.prompt_length] * rows if isinstance(self.prompt_length, int) else self.prompt_length
-        first, end = torch.tensor(starts).unsqueeze(-1), torch.tensor(prompts).unsqueeze(-1) + targets - 1
+        first, end = torch.tensor(starts).unsqueeze(-1), torch.tensor(prompts).unsqueeze(-1)
+        end += torch.tensor(targets).unsqueeze(-1) - 1
         # Beyond a sequence's end its last token is repeated, where nothing sees it.
         places = (first + torch.arange((end - first).max().item())).minimum(end - 1)
         before = torch.arange(first.max().item()) - (first.max() - first)  # below 0 where a shorter one is padded, on its left
@@ -411,9 +431,10 @@ class Suffix:
         if "position_ids" in signature(self.model.forward).parameters:
             others["position_ids"] = places.to(ids.device)
         relative = [prompt - start for prompt, start in zip(prompts, starts)]
-        at = _predicting(relative if len(set(relative)) > 1 else relative[0], places.shape[1])
-        outputs = {module: cut(output) for module, output in self._constant_outputs.items()}
-        return self._keeping(_Pass(cut(ids), at, others), cut(self._lowest_input), outputs)
+        alike = len(set(relative)) == len(set(targets)) == 1
+        at = _predicting(relative[0] if alike else relative, places.shape[1], targets)
+        kept = {module: cut(output) for module, output in self._constant_outputs.items()}
+        return _Pass(cut(ids), at, others, cut(self._lowest_input), kept, self._last_mlp)
 
     def _check(self) -> None:
         versions = [tensor._version for tensor in self._kept_tensors()]
@@ -426,6 +447,9 @@ class Suffix:
             raise CannotReplay("its layers cannot be run on their own:", f"{type(error).__name__}: {error}") from error
         if versions != [tensor._version for tensor in self._kept_tensors()]:
             raise CannotReplay("its layers change their inputs in place")
+        if self.targets is not None:
+            real = torch.arange(own.shape[1]) < torch.tensor(self.targets).unsqueeze(-1)
+            own, replayed = own[real], replayed[real]
         differing = self._differing(own, replayed)
         if differing:
             raise CannotReplay("the replayed logits differ", differing)
@@ -501,7 +525,8 @@ class Suffix:
         return watched
 
     def _kept_tensors(self) -> list[Tensor]:
-        return [t for k in self._kept for t in (k if isinstance(k, (tuple, list)) else (k,)) if isinstance(t, Tensor)]
+        kept = (self._steps.lowest_input, *self._steps.kept.values())
+        return [t for k in kept for t in (k if isinstance(k, (tuple, list)) else (k,)) if isinstance(t, Tensor)]
 
 
 class _Before(DynamicLayer):
@@ -518,6 +543,18 @@ class _Before(DynamicLayer):
         return torch.cat((keys, key_states), dim=-2), torch.cat((values, value_states), dim=-2)
 
 
+def _narrow(how: _Pass, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A module that works on each position by itself, run on the target's positions; the others' outputs are 0."""
+
+    def narrowed(hidden: Tensor) -> Tensor:
+        at_target = forward(_at_target(how, hidden))
+        output = torch.zeros_like(hidden, device=at_target.device)
+        output[how.at] = at_target
+        return output
+
+    return narrowed
+
+
 def _at_target(how: _Pass, hidden: Tensor) -> Tensor:
     if hidden.dim() != 3 or hidden.shape[1] != how.input_ids.shape[1]:
         raise CannotReplay("its output layer is not given the hidden states of all positions")
@@ -525,12 +562,14 @@ def _at_target(how: _Pass, hidden: Tensor) -> Tensor:
     return hidden[how.at].clone(memory_format=torch.contiguous_format)
 
 
-def _predicting(prompt_length: int | Sequence[int], length: int) -> tuple[Any, Any]:
+def _predicting(prompt_length: int | Sequence[int], length: int, targets: Sequence[int] | None = None) -> tuple[Any, Any]:
     """Where, in a tensor ``[B, L − 1, …]``, the target is predicted from: an index that leads to ``[B, T, …]``."""
     if isinstance(prompt_length, int):
         return slice(None), slice(prompt_length - 1, None)
     first = torch.tensor(prompt_length).unsqueeze(-1)
-    return torch.arange(len(first)).unsqueeze(-1), torch.arange(length - first.max().item() + 1) + first - 1
+    longest = length - int(first.max()) + 1 if targets is None else max(targets)
+    # Beyond a shorter one's end there need not be as many positions.
+    return torch.arange(len(first)).unsqueeze(-1), (torch.arange(longest) + first - 1).clamp(max=length - 1)
 
 
 def _returning(output: Any) -> Callable[..., Any]:
