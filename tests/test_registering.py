@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import on_main
 
 from kdpo_easyedit.easyedit import host
@@ -93,3 +94,14 @@ def test_prompts_are_measured_as_they_are_edited(traced, requests):
     one = given | {"prompts": template, "target_new": requests[0]["target_new"], "subject": requests[0]["subject"]}
     one["ground_truth"] = requests[0]["ground_truth"]
     assert editor.edit(**one, **staying(False))[0][0]["post"]["rewrite_acc"] == [1.0]
+
+
+def test_batch_edit_makes_many_edits_in_one_optimisation(traced, requests):
+    editor, traces = traced
+    editor.hparams.batch_size = 2
+    before = editor.model.get_parameter(W).detach().clone()
+    metrics, edited, _ = editor.batch_edit(**arguments(requests[:3]), **staying(False))
+    assert len(traces) == 3 and traces[0].losses != [] and edited.get_parameter(W).shape == before.shape
+    assert [found["post"]["rewrite_acc"] for found in metrics] == [[1.0]] * len(metrics)
+    assert len(metrics) == (3 if on_main() else 1)  # the release's has its last batch's alone
+    assert torch.equal(editor.model.get_parameter(W), before)

@@ -11,7 +11,7 @@ from ..method.config import KDPOHyperParams
 from ..method.kdpo import apply_kdpo_to_model
 from ..method.preference import normalised
 from . import additions, main, release
-from .host import ALG_DICT, IS_RELEASE, BaseEditor, easyeditor
+from .host import ALG_DICT, IS_RELEASE, BaseEditor, easyeditor, submodule
 from .loading import mend_loading
 from .measuring import mend_fluency
 
@@ -27,9 +27,17 @@ def register() -> None:
         mend_loading()
         mend_fluency()
         (release if IS_RELEASE else main).mend()
-        for name in ("edit", "edit_requests", "edit_dataset", "generate_edit"):
+        _let_kdpo_batch()
+        for name in ("edit", "edit_requests", "edit_dataset", "generate_edit", "batch_edit"):
             if name in vars(BaseEditor):
                 setattr(BaseEditor, name, _as_kdpo_has_it(getattr(BaseEditor, name)))
+
+
+def _let_kdpo_batch() -> None:
+    """Make KDPO one of those methods that ``BaseEditor.batch_edit`` is for."""
+    editors = submodule("editors.batch_editor").BatchEditor
+    own = editors.is_batchable_method
+    editors.is_batchable_method = staticmethod(lambda alg_name: alg_name == "KDPO" or own(alg_name))
 
 
 @wraps(apply_kdpo_to_model)
