@@ -194,7 +194,7 @@ def test_a_release_key_that_would_change_something_is_refused(tmp_path, change, 
         ({"weight_decay": -1}, "weight_decay is -1; allowed: a number, 0 or above"),
         ({"negatives": "online"}, "negatives is 'online'; allowed: 'teacher_forced' or 'autoregressive'"),
         ({"sequential_edit": "no"}, "sequential_edit is 'no'; allowed: true or false"),
-        ({"batch_size": 2}, "batch_size is 2; allowed: 1"),
+        ({"batch_size": 0}, "batch_size is 0; allowed: a whole number, 1 or above"),
     ],
 )
 def test_a_wrong_value_is_named_with_file_key_and_what_is_allowed(config, tmp_path, change, message):
