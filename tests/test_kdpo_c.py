@@ -250,3 +250,22 @@ def test_a_model_without_a_name_has_no_statistics(fresh, requests, aware):
     model.config._name_or_path = ""
     with pytest.raises(HParamsError, match="the model has no name_or_path"):
         apply_kdpo_to_model(model, tok, requests[:1], aware)
+
+
+def test_keys_that_carry_nothing_are_told(statistics):
+    usage = Usage.of(second_moment(statistics), 0.01, 0.01)
+    keys = torch.randn(1, len(usage.inverse), generator=torch.Generator().manual_seed(0))
+    keys *= (usage.ordinary / (keys @ usage.inverse @ keys.T)).sqrt()  # an ordinary one
+    assert usage.carries(torch.cat((keys, keys / 2, keys / 10))) == [True, True, False]
+
+
+def test_where_the_subject_carries_nothing_what_follows_it_does(fresh, requests, aware, monkeypatch):
+    model, tok = fresh
+    request = next(r for r in requests if r["prompt"].startswith(r["subject"]))
+    aware = replace(aware, positions="subject_last", margin=2)
+    after = len(tok(request["prompt"])["input_ids"]) - len(tok(request["subject"])["input_ids"])
+    for least, rank in ((0, 1), (1e9, after)):
+        monkeypatch.setattr(kdpo_c, "_LEAST", least)
+        _, trace = execute_kdpo(model, tok, request, aware)
+        assert trace.factors[WEIGHT][0].shape[1] == rank
+    assert trace.final_token_accuracy == 1

@@ -168,7 +168,7 @@ def _edited(
         scale = 4096 if any(original.dtype == torch.float16 for original in originals.values()) else 1
         update: Update
         if hparams.mom2_adjustment:
-            update = SteepestDescent(model, originals, usages, hparams, scale, *keys_of(packs))
+            update = SteepestDescent(model, originals, usages, hparams, scale, *keys_of(packs, usages))
         else:
             update = _Adam(model, originals, hparams, scale)
         while True:

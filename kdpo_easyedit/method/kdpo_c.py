@@ -31,6 +31,9 @@ from .weights import Weights, checksum, read
 
 LOG = logging.getLogger(__name__)
 
+# The least kᵀSk, as a share of the ordinary one, of a key that an edit is built from.
+_LEAST = 0.1
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -40,11 +43,13 @@ class Usage:
         inverse: (C/c̄ + λI)⁻¹, of ordinary text, ``[in, in]``.
         key_weight: what one key of an edit counts beside it.
         protected: F, ``[m, in]``: S is the inverse less FᵀF.
+        ordinary: the mean of kᵀSk over ordinary text, without F.
     """
 
     inverse: Tensor
     key_weight: float
     protected: Tensor
+    ordinary: float
 
     @classmethod
     def of(cls, moment: Tensor, damping: float, edit_weight: float) -> Usage:
@@ -60,7 +65,17 @@ class Usage:
         if mean <= 0 or failed:
             raise ValueError("it is not positive semidefinite, as second moments are")
         inverse = torch.cholesky_inverse(factor).float()
-        return cls(inverse, edit_weight / mean.item(), inverse.new_empty(0, len(inverse)))
+        ordinary = (inverse * moment).sum().item()
+        return cls(inverse, edit_weight / mean.item(), inverse.new_empty(0, len(inverse)), ordinary)
+
+    def carries(self, keys: Tensor) -> list[bool]:
+        """Whether an edit can be made at the places of keys, float32 ``[n, in]``.
+
+        A text's first token, and where there is no BOS sometimes its second, has a residual stream so large that what a layer
+        adds is hardly seen beside it, and its key is nearly zero. A change that is seen there is out of all measure, and is
+        added to the beginning of every other text as well.
+        """
+        return ((keys * (keys @ self.inverse)).sum(-1) >= _LEAST * self.ordinary).tolist()
 
     def times(self, keys: Tensor) -> Tensor:
         """K S: float32 ``[n, in]`` → the same."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -229,8 +229,12 @@ class Pack(Protocol):
     def stepped(self) -> None:
         """The weights are others now."""
 
-    def keys(self) -> tuple[dict[str, Tensor], list[int]]:
-        """What KDPO+C's change of each weight is built from, float32 ``[n, in]``, and how many of them are each edit's."""
+    def keys(self, usages: Mapping[str, Usage]) -> tuple[dict[str, Tensor], list[int]]:
+        """What KDPO+C's change of each weight is built from, float32 ``[n, in]``, and how many of them are each edit's.
+
+        Args:
+            usages: what each weight is used for, the lowest layer's first.
+        """
 
 
 class TeacherForced:
@@ -257,7 +261,7 @@ class TeacherForced:
             None if hparams.positions == "all" else [found[0] for found in places],
             [len(sequence.targets) for sequence in sequences],
         )
-        self.places = places or None
+        self.sequences, self.places = sequences, places or None
         self.first_key = 0
         ends = list(itertools.accumulate(len(edit.sequences) for edit in edits))
         self.rows = {edit: range(end - len(edit.sequences), end) for edit, end in zip(edits, ends)}
@@ -286,10 +290,17 @@ class TeacherForced:
     def __exit__(self, *_: object) -> None:
         self.suffix.__exit__()
 
-    def keys(self) -> tuple[dict[str, Tensor], list[int]]:
+    def keys(self, usages: Mapping[str, Usage]) -> tuple[dict[str, Tensor], list[int]]:
         rows = {name: keys.flatten(0, -2).float() for name, keys in self.suffix.inputs.items()}
         if self.places is None:
             return rows, [self.suffix.length]
+        if self.hparams.positions != "all":
+            name, usage = next(iter(usages.items()))  # of the lowest layer
+            for row, (sequence, found) in enumerate(zip(self.sequences, self.places)):
+                fit = usage.carries(rows[name][[row * self.suffix.length + place for place in found]].cpu())
+                # Where the subject's tokens carry nothing, those between it and the target do.
+                after = list(range(found[-1] + 1, sequence.prompt_length))
+                self.places[row] = [place for place, fits in zip(found, fit) if fits] or after or found
         at = torch.tensor([row * self.suffix.length + place for row, found in enumerate(self.places) for place in found])
         sizes = [sum(len(self.places[row]) for row in self.rows[edit]) for edit in self.edits]
         return {name: keys[at.to(keys.device)] for name, keys in rows.items()}, sizes
@@ -455,7 +466,7 @@ class Autoregressive:
     def stepped(self) -> None:
         self.logits = None
 
-    def keys(self) -> tuple[dict[str, Tensor], list[int]]:
+    def keys(self, usages: Mapping[str, Usage]) -> tuple[dict[str, Tensor], list[int]]:
         raise NotImplementedError("KDPO+C has teacher-forced negatives, as KDPOHyperParams sees to")
 
     def _renew(self, negative: Tensor, logits: Tensor) -> bool:
@@ -514,12 +525,12 @@ def packed(edits: Sequence[Edit]) -> list[list[Edit]]:
     return packs
 
 
-def keys_of(packs: Sequence[Pack]) -> tuple[dict[str, Tensor], list[int]]:
+def keys_of(packs: Sequence[Pack], usages: Mapping[str, Usage]) -> tuple[dict[str, Tensor], list[int]]:
     """:meth:`TeacherForced.keys` of all packs, each of which is told where its own begin."""
     found: dict[str, list[Tensor]] = {}
     sizes: list[int] = []
     for pack in packs:
-        keys, its = pack.keys()
+        keys, its = pack.keys(usages)
         pack.first_key = sum(sizes)
         sizes += its
         for name, rows in keys.items():
