@@ -82,7 +82,10 @@ def test_cells_are_the_product_less_what_is_excluded(tmp_path):
         ({**TWO, "methods": ["KDPO", "MEND"]}, "MEND on world and 1 more: editing_method is 'MEND', which needs an editor"),
         ({**TWO, "overrides": {"KDPO": {"lr": -1}}}, "lr is -1; allowed: a number above 0"),
         ({**TWO, "overrides": {"FT": {"rank": 4}}}, "unknown key 'rank'"),
-        ({**TWO, "protocols": "batches-2"}, "KDPO on world: edit_batch is 2, and KDPO make one edit at a time"),
+        (
+            {**TWO, "methods": "ROME", "protocols": "batches-2"},
+            "ROME on world: edit_batch is 2, and ROME make one edit at a time",
+        ),
     ],
 )
 def test_bad_input_is_told_before_anything_is_done(tmp_path, monkeypatch, capsys, content, message):

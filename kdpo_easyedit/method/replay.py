@@ -449,7 +449,7 @@ class Suffix:
             raise CannotReplay("its layers change their inputs in place")
         if self.targets is not None:
             real = torch.arange(own.shape[1]) < torch.tensor(self.targets).unsqueeze(-1)
-            own, replayed = own[real], replayed[real]
+            own, replayed = own[real.to(own.device)], replayed[real.to(replayed.device)]
         differing = self._differing(own, replayed)
         if differing:
             raise CannotReplay("the replayed logits differ", differing)
