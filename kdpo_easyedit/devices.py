@@ -1,8 +1,11 @@
-"""Devices by the names that people and EasyEdit give them."""
+"""Devices, and what a model is loaded in there, by the names that people and EasyEdit give them."""
 
 from __future__ import annotations
 
 from typing import Any
+
+#: What a model can be loaded in: what ``dtype`` may be.
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def device_name(value: Any) -> str:

@@ -13,9 +13,10 @@ from conftest import on_main
 
 from kdpo_easyedit import HParamsError, KDPOHyperParams
 from kdpo_easyedit.cli.flags import add_machine, add_methods, load_methods
+from kdpo_easyedit.devices import DTYPES
 from kdpo_easyedit.easyedit.hparams import load_hparams
 from kdpo_easyedit.easyedit.loading import load_model
-from kdpo_easyedit.method.config import DTYPES, HPARAMS_DIR, find_hparams, loading_dtype
+from kdpo_easyedit.method.config import HPARAMS_DIR, find_hparams, loading_dtype
 
 RELEASED = {  # the design's table: layer, lr, num_steps, cycles, stop_crit
     "gpt-j-6b": (21, 1e-4, 8, 20, 1e-3),

@@ -34,6 +34,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..method.statistics import Text
 from .layouts import LAYOUTS, DatasetError, Edit, Question, Record, edits_of, prompt_and_target, short
 
 LOG = logging.getLogger(__name__)
@@ -114,6 +115,11 @@ def read_passages(path: str | Path) -> list[str]:
     if not passages:
         raise DatasetError(f"{path}: it holds no text")
     return passages
+
+
+def read_text(path: str | Path) -> Text:
+    """A text file for second moments, which go by its name; raises as :func:`read_passages`."""
+    return Text(Path(path).stem, read_passages(path))
 
 
 def _read(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..method.statistics import Text
 from .companions import companions, have_companions
-from .datasets import DatasetError, Request, load_requests, read_passages
+from .datasets import DatasetError, Request, load_requests, read_passages, read_text
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_inputs(
     """
     check_edits(model, data_dir)
     requests = load(data_dir, datatype, size, shuffle, subjects) if data_dir else []
-    text = Text(Path(stats_text).stem, read_passages(stats_text)) if stats_text else None
+    text = read_text(stats_text) if stats_text else None
     ability_texts: Sequence[str] = read_passages(ability_text) if ability_text else ()
     data_name = Path(data_dir or "").name
     if have_companions(model):

@@ -13,7 +13,7 @@ from ..bench.benchmark import SHAPES, Result, UsageCost, hyper_params, load, mea
 from ..bench.datasets import load_requests
 from ..bench.facts import FILES
 from ..bench.metrics_benchmark import MetricsBenchmark, benchmark_metrics, whole_words
-from .flags import DTYPES
+from ..devices import DTYPES
 
 DESCRIPTION = "What an edit costs: the straightforward form of the method against this package's, in one run."
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..method.asking import CONTEXTS
 from . import edit
 from .flags import add_machine, add_methods, load_methods, model_name
 
@@ -107,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured.add_argument(
         "--context",
         nargs="+",
-        choices=("plain", "qa", "chat"),
+        choices=CONTEXTS,
         default=["plain"],
         help="how written answers are asked for: by the prompt as it is, as a question and answer, through the model's chat "
         "template; the first one's are those of the tables (default: plain)",

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..devices import DTYPES
+from ..method.asking import CONTEXTS
+
 if TYPE_CHECKING:
     from ..bench.protocols import Method
     from ..method.statistics import Text
-
-#: What a model can be loaded in.
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_methods(group: argparse._ArgumentGroup, default: str) -> None:
@@ -36,7 +36,7 @@ def add_context(group: argparse._ActionsContainer) -> None:
     """How prompts are put to the model."""
     group.add_argument(
         "--context",
-        choices=("plain", "qa", "chat"),
+        choices=CONTEXTS,
         default="plain",
         help="how prompts are put to the model, all of them: as they are, as questions, or through its chat template, with the "
         "answer in the assistant's turn (default: plain)",
@@ -83,13 +83,9 @@ def load_methods(names: Sequence[str], options: argparse.Namespace) -> list[Meth
         HParamsError: a YAML that is not there, or holds something wrong.
     """
     from ..bench.protocols import Method
-    from ..easyedit.hparams import load_hparams, set_dtype
+    from ..easyedit.hparams import load_hparams, run_as
 
     methods = [Method(name, load_hparams(name, model_name(options))) for name in names]
     for method in methods:
-        if options.device:
-            method.hparams.device = options.device
-        if options.dtype:
-            method.hparams.fp16 = options.dtype == "float16"
-            set_dtype(method.hparams, options.dtype)
+        run_as(method.hparams, options.device, options.dtype)
     return methods

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from pathlib import Path
 
 from .flags import add_machine, add_methods, load_methods
 
@@ -25,16 +24,15 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Make what is missing, and name the files and the keys that lead to them."""
     from rich.console import Console
 
-    from ..bench.datasets import read_passages
+    from ..bench.datasets import read_text
     from ..easyedit.loading import in_place, load_model
     from ..easyedit.statistics import needs_statistics, prepare, with_text
-    from ..method.statistics import Text
 
     methods = load_methods(options.editing_method or ["KDPO+C"], options)
     for method in methods:
         if not needs_statistics(method.hparams):
             parser.error(f"{method.name} goes by no second moments; name methods that do, such as KDPO+C, ROME, MEMIT")
-    text = Text(Path(options.stats_text).stem, read_passages(options.stats_text))
+    text = read_text(options.stats_text)
     hparams = [with_text(in_place(copy.copy(method.hparams)), text) for method in methods]
     model, tok = load_model(hparams[0])
     console = Console(markup=False, highlight=False, soft_wrap=True)

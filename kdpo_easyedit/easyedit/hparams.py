@@ -57,6 +57,19 @@ def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, 
     return hparams
 
 
+def run_as(hparams: Any, device: str | None, dtype: str | None) -> None:
+    """Let any method's hyper-parameters name another device, or another ``dtype``, than their YAML; None leaves theirs.
+
+    Raises:
+        HParamsError: as :func:`.loading_dtype`.
+    """
+    if device:
+        hparams.device = device
+    if dtype:
+        hparams.fp16 = dtype == "float16"
+        set_dtype(hparams, dtype)
+
+
 def set_dtype(hparams: Any, dtype: str | None) -> None:
     """Let any method's hyper-parameters say what the model is loaded in; None leaves it to their ``fp16``.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..devices import device_name
+from ..devices import DTYPES, device_name
 from .families import family_of
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -83,15 +83,11 @@ def check_keys(cls: type, config: dict[str, Any]) -> None:
             raise HParamsError(f"missing key {key!r}" + (f": {f.metadata['help']}" if f.metadata else ""))
 
 
-#: What ``dtype`` may be.
-DTYPES = ("bfloat16", "float16", "float32")
-
-
 def loading_dtype(hparams: Any) -> torch.dtype:
     """What a model is loaded in by the hyper-parameters of any method: their ``dtype``, or EasyEdit's word for it, ``fp16``.
 
     Raises:
-        HParamsError: it is none of :data:`DTYPES`, or the two contradict each other.
+        HParamsError: it is none of :data:`.devices.DTYPES`, or the two contradict each other.
     """
     half = bool(getattr(hparams, "fp16", False))
     dtype = getattr(hparams, "dtype", None) or ("float16" if half else "float32")

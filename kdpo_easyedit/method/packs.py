@@ -296,12 +296,12 @@ class TeacherForced:
             return rows, [self.suffix.length]
         if self.hparams.positions != "all":
             name, usage = next(iter(usages.items()))  # of the lowest layer
+            fit = iter(usage.carries(rows[name][self._at().to(rows[name].device)].cpu()))
             for row, (sequence, found) in enumerate(zip(self.sequences, self.places)):
-                fit = usage.carries(rows[name][[row * self.suffix.length + place for place in found]].cpu())
                 # Where the subject's tokens carry nothing, those between it and the target do.
                 after = list(range(found[-1] + 1, sequence.prompt_length))
-                self.places[row] = [place for place, fits in zip(found, fit) if fits] or after or found
-        at = torch.tensor([row * self.suffix.length + place for row, found in enumerate(self.places) for place in found])
+                self.places[row] = [place for place in found if next(fit)] or after or found
+        at = self._at()
         sizes = [sum(len(self.places[row]) for row in self.rows[edit]) for edit in self.edits]
         return {name: keys[at.to(keys.device)] for name, keys in rows.items()}, sizes
 
@@ -349,6 +349,11 @@ class TeacherForced:
         self.seen = None
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _at(self) -> Tensor:
+        """The places among the rows of :attr:`Suffix.inputs`, flattened; int64 ``[n]``."""
+        assert self.places is not None
+        return torch.tensor([row * self.suffix.length + place for row, found in enumerate(self.places) for place in found])
 
     def _renew(self, edits: Sequence[Edit], rows: list[int], logits: Tensor, whole: bool, update: Update) -> None:
         """Let edits know how far they have come, by the logits of some or all of their sequences, ``[R, T, V]``."""

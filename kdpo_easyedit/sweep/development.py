@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from ..bench.companions import companions, have_companions
-from ..bench.datasets import DatasetError, Request, load_requests, read_passages
+from ..bench.datasets import DatasetError, Request, load_requests, read_passages, read_text
 from ..bench.inputs import Inputs
-from ..method.statistics import Text
 
 #: How many edits are taken where nothing else is said, and there are so many.
 EDITS = 40
@@ -44,7 +43,7 @@ def read_development(
     own = companions(model, quiet) if have_companions(model) else None
     text, texts = (own.stats_text, own.development_texts) if own else (None, ())
     if stats_text:
-        text = Text(Path(stats_text).stem, read_passages(stats_text))
+        text = read_text(stats_text)
     if ability_text:
         texts = read_passages(ability_text)
     load: Callable[..., list[Request]] = partial(load_requests, datatype=datatype)

@@ -15,13 +15,13 @@ from ..bench.inputs import Inputs, check_edits, need_subject, read_inputs
 from ..bench.measuring import Measuring
 from ..bench.protocols import Method, left_out
 from ..bench.schema import SEQUENTIAL, SINGLE, Cell, in_batches
-from ..devices import device_name
+from ..devices import DTYPES, device_name
 from ..easyedit.host import HostError
-from ..easyedit.hparams import load_hparams, set_dtype
+from ..easyedit.hparams import load_hparams, run_as
 from ..easyedit.loading import check_device, loading
 from ..easyedit.methods import check_method
 from ..method.asking import CONTEXTS
-from ..method.config import DTYPES, HParamsError, read_yaml
+from ..method.config import HParamsError, read_yaml
 from .tasks import Resources
 
 #: The name of the edits that come with a model.
@@ -192,11 +192,7 @@ def _load_all(plan: Plan, device: str | None, dtype: str | None) -> None:
     @cache
     def hparams_of(method: str, model: str, changes: tuple[tuple[str, Any], ...]) -> Any:
         hparams = load_hparams(method, model, dict(changes))
-        if device:
-            hparams.device = device
-        if dtype:
-            hparams.fp16 = dtype == "float16"
-            set_dtype(hparams, dtype)
+        run_as(hparams, device, dtype)
         return hparams
 
     first: dict[str, tuple[Cell, Any]] = {}

@@ -38,7 +38,7 @@ from ..bench.schema import FOUR, SINGLE, Summary, from_json, to_json
 from ..bench.versions import versions
 from ..devices import device_name
 from ..easyedit.host import HostError
-from ..easyedit.hparams import load_hparams, set_dtype
+from ..easyedit.hparams import load_hparams, run_as
 from ..easyedit.loading import in_place, loading
 from ..easyedit.methods import check_method
 from ..files import whole
@@ -221,11 +221,7 @@ class _Study:
 
     def _load(self, settings: Mapping[str, Any]) -> Any:
         hparams = load_hparams(self.method, self.source, settings)
-        if self.tuning.device:
-            hparams.device = self.tuning.device
-        if self.tuning.dtype:
-            hparams.fp16 = self.tuning.dtype == "float16"
-            set_dtype(hparams, self.tuning.dtype)
+        run_as(hparams, self.tuning.device, self.tuning.dtype)
         return hparams
 
     @cached_property
