@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, on_main, real
 
+from kdpo_easyedit.bench import protocols
 from kdpo_easyedit.bench.facts import FILES
 from kdpo_easyedit.cli.main import main
 from kdpo_easyedit.models.packed import wikipedia_openings
@@ -223,6 +224,21 @@ def test_the_default_run_is_the_main_job_on_the_real_model(tmp_path):
     (before,) = re.findall(r"^    before  (.*)", done.stdout, re.M)
     (after,) = re.findall(r"^    after   (.*)", done.stdout, re.M)
     assert before.startswith(first["ground_truth"][0]) and after.startswith(first["target_new"])
+
+
+@real
+def test_of_the_main_jobs_few_edits_no_texts_are_written_for_fluency(monkeypatch):
+    asked = []
+
+    def stop(*arguments, **how):
+        asked.append((how["how"].fluency, how["eval_at"]))
+        raise SystemExit
+
+    monkeypatch.setattr(protocols, "compare", stop)
+    for arguments in ([], ["--ds_size", "2"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert asked == [(False, [2]), (True, None)]
 
 
 def test_statistics_that_are_missing_are_told_or_made_from_a_text(small_world, tmp_path):

@@ -114,7 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "template; the first one's are those of the tables (default: plain)",
     )
     measured.add_argument(
-        "--no_fluency", action="store_true", help="write no texts for fluency, which takes longer than the rest"
+        "--no_fluency",
+        action="store_true",
+        help="write no texts for fluency, which takes longer than the rest (the main job on a real model writes none: of two "
+        "edits they say nothing)",
     )
     measured.add_argument(
         "--ability_text",
@@ -228,12 +231,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         load,
     )
     requests = inputs.requests
-    eval_at = options.eval_at
+    eval_at, fluency = options.eval_at, not options.no_fluency
     if options.ablation:
         requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
         eval_at = eval_at or [100, 500]
     elif main_job and not (options.data_dir or options.ds_size) and len(requests) < 10:
-        eval_at = eval_at or [len(requests)]  # a curve of so few shows nothing, and measuring takes longer than they do
+        # A curve of so few edits and the entropy of so few texts show nothing, and would take longer than the edits.
+        eval_at, fluency = eval_at or [len(requests)], False
 
     folder = Path(options.metrics_save_dir or "output")
     complete = not options.overwrite and _is_complete(folder, len(methods) * len(protocols) - len(apart))
@@ -248,7 +252,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         overwrite=options.overwrite,
         stats_text=inputs.stats_text or stats_text_for(methods[0].hparams.model_name),
         data_name=inputs.data_name,
-        how=Measuring(options.metrics, tuple(dict.fromkeys(options.context)), not options.no_fluency, options.probes),
+        how=Measuring(options.metrics, tuple(dict.fromkeys(options.context)), fluency, options.probes),
         ability_texts=inputs.ability_texts or (() if main_job or protocols == [SINGLE] else held_out_text()),
         tasks=tasks,
         judge=(options.judge_url, options.judge_model) if options.judge_url else None,

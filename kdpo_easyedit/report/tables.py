@@ -29,6 +29,17 @@ _GENERATED = {"edit_success": "generated_success", "generalization": "generated_
 COSTS = {"seconds_per_edit": "seconds", "megabytes_per_edit": "MB"}
 LESS_IS_BETTER = (*COSTS, "once_seconds", "perplexity", "divergence")
 _DECIMALS = {"fluency": 2, "seconds_per_edit": 2, "once_seconds": 2, "perplexity": 2, "divergence": 3, "tokens_per_second": 0}
+# The columns of a table in a terminal; some are there where they were measured.
+_PRINTED = {
+    "edit_success": "edit\nsuccess",
+    "generalization": "general-\nization",
+    "portability": "port-\nability",
+    "locality": "locality",
+    "fluency": "fluency",
+    "perplexity": "perplex-\nity",
+    "seconds_per_edit": "seconds\nan edit",
+}
+_WHERE_MEASURED = ("fluency", "perplexity")
 _SIGNIFICANT = 0.05
 _MARK = "†"
 MEMORY_MARK = "‡"
@@ -253,8 +264,9 @@ def over_orders(rows: Sequence[Summary]) -> list[str]:
 
 
 def measured(methods: Mapping[str, Mapping[str, Cell]]) -> list[str]:
-    """The columns of a table that hold anything."""
-    return [key for key in COLUMNS if any(cells[key].value is not None for cells in methods.values())]
+    """The columns of a table that hold anything of the methods; the unedited model comes before them."""
+    _, *edited = methods.values()
+    return [key for key in COLUMNS if any(cells[key].value is not None for cells in edited)]
 
 
 def flips(rows: Sequence[Summary]) -> list[str]:
@@ -368,20 +380,25 @@ def print_tables(comparison: Comparison, console: Console) -> None:
         title = f"{comparison.before.n_edits} {protocol_title(protocol)}"
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("method")
-        for heading in ("edit\nsuccess", "general-\nization", "port-\nability", "locality", "fluency", "seconds\nan edit"):
-            table.add_column(heading, justify="right")
+        there = measured(methods)
+        columns = [key for key in _PRINTED if key in there or key not in _WHERE_MEASURED]
+        for key in columns:
+            table.add_column(_PRINTED[key], justify="right")
         for method, cells in methods.items():
             row = []
-            for key in (*NAMES, "seconds_per_edit"):
+            for key in columns:
                 cell = cells[key]
                 generated = cells[_GENERATED[key]].value if key in _GENERATED else None
                 brackets = "" if generated is None else f" ({generated:.0f})"
                 row.append(Text(f"{cell.text}{cell.mark}{brackets}", style="bold" if cell.best else ""))
             table.add_row(shown_name(comparison, method), *row, style="dim" if method == comparison.before.method else "")
         console.print(table)
+    rows = [comparison.before, *comparison.rows]
     notes = [
         "in percent by teacher forcing; in brackets, how often the model writes it",
-        "fluency: n-gram entropy in bits; (before): the unedited model, same prompts",
+        "(before): the unedited model, same prompts",
+        "fluency: n-gram entropy in bits" if any(row.fluency is not None for row in rows) else "",
+        "perplexity: of ordinary text that no edit is about" if any(row.perplexity is not None for row in rows) else "",
         significance(comparison),
         *remarks(comparison),
     ]
