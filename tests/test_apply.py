@@ -206,7 +206,7 @@ def test_a_list_in_a_context_is_measured_there_and_as_plain_text(folder, fresh, 
 
 
 def test_a_list_has_its_subjects(folder, aware, requests, capsys):
-    """Where positions needs them; without them, each edit says what it lacks."""
+    """Where positions goes by them; one that is not in its prompt is told."""
     settings = {key: value for key, value in vars(aware).items() if value is not None} | {
         "positions": "subject",
         "layers": [1],
@@ -215,8 +215,8 @@ def test_a_list_has_its_subjects(folder, aware, requests, capsys):
     (folder / "aware.yaml").write_text(yaml.safe_dump(settings))
     with (folder / "list.csv").open("w", newline="", encoding="utf-8") as file:
         rows = [[request["prompt"], request["target_new"], request["subject"]] for request in requests[:2]]
-        csv.writer(file).writerows([["prompt", "answer", "subject"], *rows, ["The sky is", "green", ""]])
+        csv.writer(file).writerows([["prompt", "answer", "subject"], *rows, ["The sky is", "green", "sea"]])
     assert main(arguments(folder)) == 1
     kept = read_header(folder / "list.safetensors")["requests"]
     assert [request["subject"] for request in kept] == [request["subject"] for request in requests[:2]]
-    assert "3 is not kept: a request's subject is None" in capsys.readouterr().out
+    assert "3 is not kept: a request's subject is 'sea'" in capsys.readouterr().out

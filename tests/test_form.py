@@ -160,13 +160,44 @@ def test_an_edit_from_few_positions_holds_in_the_whole_model(fresh, requests, aw
     assert len(kdpo_c.protected_keys(model)[W]) == rows
 
 
-def test_a_request_without_its_subject_is_told_before_the_model_is_touched(fresh, requests, aware):
+def test_a_subject_that_is_not_there_is_told_before_the_model_is_touched(fresh, requests, aware):
     model, tok = fresh
     before = state(model)
-    without = {key: value for key, value in requests[1].items() if key != "subject"}
-    with pytest.raises(ValueError, match="subject is None, and has to stand in its prompt"):
-        apply_kdpo_to_model(model, tok, [requests[0], without], replace(aware, positions="subject_last"))
+    other = requests[1] | {"subject": "Nobody"}
+    with pytest.raises(ValueError, match="subject is 'Nobody', and has to stand in its prompt"):
+        apply_kdpo_to_model(model, tok, [requests[0], other], replace(aware, positions="subject_last"))
     assert same_state(before, state(model))
+
+
+@pytest.mark.parametrize("contexts_", [0, 1])
+def test_without_a_subject_the_token_of_the_largest_effect_is_its_last(fresh, requests, aware, contexts_):
+    """By the gradient of a plain pass: the gain through a position alone is |g|² kᵀ S k."""
+    model, tok = fresh
+    aware = replace(aware, positions="subject_last", margin=1, contexts=contexts_)
+    usage, kept = kdpo_c.usages(model, tok, aware)[W], {}
+
+    def keep(_module, arguments, output):
+        kept["keys"], kept["output"] = arguments[0].detach()[0], output.detach().requires_grad_()
+        return kept["output"]
+
+    for request in requests[:4]:
+        request = request | {"subject": ""}
+        edit = edit_tokens(tok, request["prompt"], request["target_new"])
+        hook = model.transformer.h[1].mlp.c_proj.register_forward_hook(keep)
+        with torch.enable_grad():
+            logits = model(edit.input_ids).logits[0, edit.prompt_length - 1 : -1]
+            others, leads = runners_up(logits.detach(), edit.targets)
+            behind = (logits.gather(-1, edit.targets[:, None]) - logits.gather(-1, others[:, None]))[leads < aware.margin].sum()
+            (gradient,) = torch.autograd.grad(behind, kept["output"])
+        hook.remove()
+        keys = kept["keys"]
+        gains = gradient[0].square().sum(-1) * (usage.times(keys) * keys).sum(-1)
+        place = int(gains[: edit.prompt_length].argmax())
+        _, trace = execute_kdpo(model, tok, request, aware)
+        basis = trace.factors[W][0]
+        assert basis.shape[1] == 1 + contexts_
+        along = torch.nn.functional.cosine_similarity(basis[:, 0], usage.times(keys[place][None])[0], dim=0)
+        assert along > 0.9999
 
 
 @pytest.mark.parametrize("contexts_", [0, 1])

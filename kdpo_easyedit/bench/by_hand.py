@@ -25,6 +25,7 @@ from ..method.config import KDPOHyperParams
 from ..method.statistics import Text
 from ..method.weights import read, write
 from .datasets import DatasetError, Request, flat
+from .inputs import need_subject
 from .measuring import batching_for, check_length, target_probability
 from .protocols import Edit, Method, editor_of, plain, timed_edit
 from .schema import SINGLE
@@ -114,18 +115,17 @@ def check_record(methods: Sequence[Method], record: dict[str, str]) -> Request:
     if record.get("subject") and not request["subject"]:
         raise DatasetError(f"subject is {record['subject']!r}, which is not in the prompt {record['prompt']!r}")
     for method in methods:
-        if needs_subject(method) and not request["subject"]:
-            key = "fact_token" if hasattr(method.hparams, "fact_token") else "positions"
-            where = f"{key}: {getattr(method.hparams, key)}"
+        if need_subject([method.hparams]) and not request["subject"]:
+            where = f"fact_token: {method.hparams.fact_token}"
             raise DatasetError(f"subject is missing: {method.name} edits at it ({where}); give it as it is in the prompt")
         if context_of(record) != "plain" and not isinstance(method.hparams, KDPOHyperParams):
             raise DatasetError(f"context is {record['context']!r}; allowed with {method.name}: plain, as EasyEdit puts prompts")
     return {**request, "context": record["context"]} if context_of(record) != "plain" else request
 
 
-def needs_subject(method: Method) -> bool:
-    """Whether a method's edit is made at the subject of its prompt."""
-    return "subject" in getattr(method.hparams, "fact_token", getattr(method.hparams, "positions", ""))
+def goes_by_subject(method: Method) -> bool:
+    """Whether a method's edit is made at the subject of its prompt, where there is one."""
+    return need_subject([method.hparams]) or "subject" in getattr(method.hparams, "positions", "")
 
 
 class Session:

@@ -40,7 +40,7 @@ def check_edits(model: str, data_dir: str | None) -> None:
 
 
 def need_subject(all_hparams: Iterable[Any]) -> bool:
-    """Whether one of several methods edits at the subject, so that edits without one are left out for all alike."""
+    """Whether one of several methods edits at the subject alone, so that edits without one are left out for all alike."""
     return any("subject" in getattr(hparams, "fact_token", "") for hparams in all_hparams)
 
 

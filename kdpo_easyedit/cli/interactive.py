@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..bench.by_hand import Session, needs_subject
+from ..bench.by_hand import Session, goes_by_subject
 from ..bench.datasets import DatasetError
 from ..easyedit.host import HostError
 from ..edits import EditsError
@@ -81,7 +81,7 @@ def _edit(session: Session, prompt: str, context: str, console: Console) -> None
     console.print(f"  {session.said(prompt, context) or '(nothing)'}", style="dim")
     record = {"prompt": prompt, "context": context}
     questions = [("target_new", "new answer> ")]
-    if needs_subject(session.method):
+    if goes_by_subject(session.method):
         questions.append(("subject", "subject, as it is in the prompt> "))
     questions += [("rephrase_prompt", "the same in other words (or nothing)> ")]
     questions += [("locality_prompt", "a prompt that should stay as it is (or nothing)> ")]

@@ -144,7 +144,6 @@ def _tuning(options: argparse.Namespace, methods: Sequence[str]) -> Tuning:
     from ..bench.inputs import need_subject
     from ..easyedit.hparams import load_hparams
     from ..sweep.development import read_development
-    from ..sweep.space import read_space
     from ..sweep.tuning import Tuning
 
     subjects = need_subject(load_hparams(method, model_name(options)) for method in methods)
@@ -154,7 +153,7 @@ def _tuning(options: argparse.Namespace, methods: Sequence[str]) -> Tuning:
         options.datatype,
         options.reported or 0,
         options.ds_size,
-        subjects or any("positions" in read_space(method) for method in methods),
+        subjects,
         options.stats_text,
         options.ability_text,
         options.quiet,

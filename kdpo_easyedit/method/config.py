@@ -286,7 +286,8 @@ class KDPOHyperParams:
         "texts, the model's own, before the prompt, in which the edit is made as well; 0: none", _count_or_zero, 0
     )
     positions: str = _field(
-        "KDPO+C: whose keys the change is built from: all, subject, subject_last (its last token)",
+        "KDPO+C: whose keys the change is built from: all, subject, subject_last (its last token); without a subject, those of "
+        "the token with the largest effect",
         _one_of("all", "subject", "subject_last"),
         "all",
     )

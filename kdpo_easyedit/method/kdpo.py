@@ -72,8 +72,8 @@ def apply_kdpo_to_model(
     Raises:
         HParamsError: a hyper-parameter that is wrong in itself or does not fit the model, or a model that cannot be edited.
         EditFailed: a loss or a weight that is not finite.
-        ValueError: a request without a prompt or a target, or without the subject that ``positions`` needs, or one that the
-            model has no room for.
+        ValueError: a request without a prompt or a target, or whose subject, where ``positions`` goes by it, is not in the
+            prompt, or one that the model has no room for.
     """
     if isinstance(requests, (str, Mapping)):
         raise ValueError(f"requests is a {type(requests).__name__}; allowed: a list of requests, also of one")
@@ -140,8 +140,8 @@ def execute(
     """
     hparams = hparams.for_model(model)
     originals = read(model, hparams.edited_parameters(model))
-    edits = [_edit(model, tok, request, hparams) for request in requests]
     try:
+        edits = [_edit(model, tok, request, hparams, usages) for request in requests]
         weights, usages = _edited(model, edits, hparams, originals, usages)
     except NotFinite as what:
         trace, request = what.edit.trace, what.edit.request
@@ -231,12 +231,14 @@ def _descent(pack: Pack, update: Update, hparams: KDPOHyperParams) -> list[Edit]
 
 def _complete(request: Mapping[str, Any], hparams: KDPOHyperParams) -> dict[str, Any]:
     complete = normalised(request)
-    if hparams.positions != "all":
+    if hparams.positions != "all" and complete.get("subject"):
         subject_span(complete)
     return complete
 
 
-def _edit(model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams) -> Edit:
+def _edit(
+    model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams, usages: Mapping[str, Usage]
+) -> Edit:
     """What an edit is made on: the prompt, and the same after each text of ``contexts`` where the model has room for it."""
     trace = EditTrace(sequential=bool(hparams.sequential_edit))
     prompt, target, context = request["prompt"], request["target_new"], context_of(request)
@@ -256,15 +258,40 @@ def _edit(model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KD
     if len(edits) == 1 and hparams.positions == "all" and hparams.batch_size == 1:
         return Edit(request, [plain], None, trace)
 
+    span = None
+    if hparams.positions != "all":
+        span = subject_span(request) if request.get("subject") else _largest_effect(model, tok, request, hparams, usages)
     places = []
     for before, edit in edits.items():
         in_context = asked(tok, before + prompt, context)
         text, at_prompt = in_context.answered(target), in_context.start + len(before)
-        start, end = (0, len(text)) if hparams.positions == "all" else subject_span(request)
+        start, end = span or (0, len(text))
         found = tokens_of(tok, text, at_prompt + start, at_prompt + end, in_context.special_tokens)
         found = [place for place in found if place < edit.input_ids.shape[1] - 1]
         places.append(found[-1:] if hparams.positions == "subject_last" else found)
     return Edit(request, list(edits.values()), places, trace)
+
+
+def _largest_effect(
+    model: PreTrainedModel, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams, usages: Mapping[str, Usage]
+) -> tuple[int, int]:
+    """From where to where in a prompt the token stands by which the edit's first step gains most, where no subject is named."""
+    hparams = replace(hparams, positions="all", contexts=0, batch_size=1)
+    edit = _edit(model, tok, request, hparams, usages)
+    (sequence,), originals = edit.sequences, read(model, hparams.edited_parameters(model))
+    with torch.enable_grad(), frozen(model), TeacherForced(model, [edit], originals, hparams) as pack:
+        update = SteepestDescent(model, originals, usages, hparams, 1, *keys_of([pack], usages))
+        pack.begin([edit], update)
+        if edit.open:
+            update.descend(*pack.losses([edit], update)[:2])
+        gains = update.gains().tolist()
+    in_context = asked(tok, request["prompt"], context_of(request))
+    text, start = in_context.answered(request["target_new"]), in_context.start
+    end = start + len(request["prompt"])
+    places = tokens_of(tok, text, start, end, in_context.special_tokens)
+    best = max((place for place in places if place < sequence.prompt_length), key=gains.__getitem__)
+    first, last = tok(text, add_special_tokens=in_context.special_tokens, return_offsets_mapping=True)["offset_mapping"][best]
+    return max(first, start) - start, min(last, end) - start
 
 
 class _Adam:

@@ -208,6 +208,17 @@ class SteepestDescent:
             change.coefficients -= rates.to(gradient.device) * gradient
         self.slopes, self.gradients = {}, []
 
+    def gains(self) -> Tensor:
+        """By how much a step along each key alone lowers the losses whose gradient was taken in, to first order and a factor.
+
+        Returns:
+            |g|² kᵀ S k, summed over the projections; float32, ``[n]``, on the CPU. 0 where no gradient was taken in.
+        """
+        gained = torch.zeros(len(self.edits))
+        for change, gradient in zip(self.weights.values(), self.gradients):
+            gained += (gradient.square().sum(-1) * (change.keys * change.basis).sum(-1)).cpu()
+        return gained
+
     def _metrics(self, change: Change, gradient: Tensor) -> list[float]:
         """tr(G S Gᵀ) of each edit's own gradient at the output, of ``[n, out]``."""
         along = [change.keys[part] @ change.basis[part].T @ gradient[part] for part in self.parts]
