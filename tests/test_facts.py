@@ -32,7 +32,8 @@ def plain(subject):
 
 def test_how_many():
     assert len(RECORDS["development"]) == 150 and len(RECORDS["reported"]) >= 300
-    assert len({record["relation"] for record in ALL}) >= 12
+    assert len({record["relation"] for record in RECORDS["reported"]}) >= 12
+    assert all(len(set(RELATIONS[record["relation"]].wordings)) >= 3 for record in ALL)
     for records in RECORDS.values():
         relations = Counter(record["relation"] for record in records)
         assert max(relations.values()) <= len(records) / 4
@@ -122,6 +123,7 @@ def test_questions_of_locality_are_true_after_all_edits():
                         assert subject not in edited
                         assert (kind == "Neighborhood") == (name == record["relation"])
                         assert kind == "Distant" or answer.casefold() != record["target_new"].casefold()
+    assert kinds.keys() == {"Neighborhood", "Relation_Specificity", "Distant"}
     assert kinds["Neighborhood"] == kinds["Distant"] == len(ALL) and kinds["Relation_Specificity"] >= 50
 
 
@@ -157,8 +159,9 @@ def test_known_facts_are_unambiguous():
 
 
 @pytest.mark.parametrize("split", FILES)
-def test_they_load(split):
-    requests = datasets.load_requests(FILES[split], need_subject=True)
+def test_they_load_in_knowedits_layout(split):
+    requests = datasets.load_requests(FILES[split], "knowedit", need_subject=True)
+    assert requests == datasets.load_requests(FILES[split])
     assert len(requests) == len(RECORDS[split])
     assert requests[0]["locality"]["Neighborhood"]["ground_truth"]
 

@@ -14,7 +14,16 @@ import pytest
 import torch
 from conftest import REFERENCE, on_main, same_state, state
 from transformers import AutoModelForCausalLM as AutoModel
-from transformers import AutoTokenizer, GPT2Config, GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from kdpo_easyedit.easyedit import host
 from kdpo_easyedit.easyedit import methods as algorithms
@@ -45,6 +54,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "openai-community/gpt2": (GPT2Config, GPT_LIKE, "gpt2"),
     "EleutherAI/gpt-j": (GPTJConfig, GPT_LIKE | {"rotary_dim": 4}, "gpt2"),
     "smollm2-135m": (LlamaConfig, LLAMA_LIKE, "gpt2"),
+    "gemma3-270m": (Gemma3TextConfig, LLAMA_LIKE | {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]}, "llama"),
     "world": (GPT2Config, GPT_LIKE, "gpt2"),
     "large-world": (GPT2Config, GPT_LIKE, "gpt2"),
 }
@@ -64,6 +74,7 @@ LAYERS = {
     "openai-community/gpt2-xl": 48,
     "EleutherAI/gpt-j-6b": 28,
     "smollm2-135m": 30,
+    "gemma3-270m": 18,
     "world": 4,
     "large-world": 4,
 }

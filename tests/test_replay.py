@@ -48,6 +48,11 @@ ARCHITECTURES = {
     "gpt-neox": ("GPTNeoXConfig", COMMON, ("gpt_neox.layers.{}", "mlp.dense_4h_to_h")),
     "phi3": ("Phi3Config", COMMON, LLAMA),
     "gemma2": ("Gemma2Config", {**COMMON, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.2}, LLAMA),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**COMMON, "head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        LLAMA,
+    ),
     "opt": (
         "OPTConfig",
         {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32},

@@ -208,8 +208,9 @@ def test_the_main_job_on_the_world(tmp_path):
 @real
 def test_the_default_run_is_the_main_job_on_the_real_model(tmp_path):
     """The first command of the README, with one edit, and little text for second moments."""
-    (tmp_path / "text.txt").write_text("\n".join(wikipedia_openings()[:30]))
-    (tmp_path / "read.txt").write_text("\n".join(wikipedia_openings("perplexity")[:3]))
+    openings, held_out = wikipedia_openings()
+    (tmp_path / "text.txt").write_text("\n".join(openings[:30]))
+    (tmp_path / "read.txt").write_text("\n".join(held_out[:3]))
     done = run(
         "--ds_size", 1, "--stats_text", "text.txt", "--ability_text", "read.txt", "--no_fluency", folder=tmp_path, timeout=3000
     )

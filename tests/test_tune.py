@@ -37,7 +37,7 @@ METHODS = ["KDPO", "FT"]
 @pytest.fixture(scope="module")
 def three() -> Tuning:
     """Three development edits of the world that comes with the package, three trials."""
-    inputs = read_development("world", size=3)
+    inputs = read_development("world", "world", size=3)
     return Tuning("world", inputs.requests, inputs.data_name, ["single", "sequential"], trials=3)
 
 
@@ -239,12 +239,12 @@ def test_the_command_tells_what_was_found(tuned, capsys):
 
 
 def test_edits_that_are_reported_are_left_out_of_a_file(small_world, requests):
-    taken = read_development("gpt2", str(small_world.edits), reported=5).requests
+    taken = read_development("gpt2", "gpt2", str(small_world.edits), reported=5).requests
     assert taken == requests[5:45] and len(taken) >= 3
     with pytest.raises(DatasetError, match="ds_size is 1, and beside those reported there are 0 edits"):
-        read_development("gpt2", str(small_world.edits), reported=len(requests))
+        read_development("gpt2", "gpt2", str(small_world.edits), reported=len(requests))
     with pytest.raises(DatasetError, match="data_dir is missing"):
-        read_development("gpt2")
+        read_development("gpt2", "gpt2")
 
 
 def test_development_edits_that_are_reported_are_refused(monkeypatch):
@@ -252,16 +252,16 @@ def test_development_edits_that_are_reported_are_refused(monkeypatch):
     assert not {r["prompt"] for r in load_requests(own.development)} & {r["prompt"] for r in load_requests(own.edits)}
     monkeypatch.setattr(development, "companions", lambda *_: replace(own, development=own.edits))
     with pytest.raises(DatasetError, match="is among the edits to report"):
-        read_development("world")
+        read_development("world", "world")
 
 
 def test_a_real_models_development_edits_and_text_are_none_of_the_reported(monkeypatch):
-    openings = {"statistics": [f"article {n}" for n in range(900)], "perplexity": ["held out"]}
-    monkeypatch.setattr(bench_companions.packed, "wikipedia_openings", openings.__getitem__)
-    own, inputs = companions("smollm2-135m"), read_development("smollm2-135m")
+    openings = [f"article {n}" for n in range(900)]
+    monkeypatch.setattr(bench_companions.packed, "wikipedia_openings", lambda: (openings, ["held out"]))
+    own, inputs = companions("smollm2-135m"), read_development("smollm2-135m", "smollm2-135m")
     reported = {request["subject"] for request in load_requests(own.edits)}
     assert len(inputs.requests) == 40 and not {request["subject"] for request in inputs.requests} & reported
-    assert inputs.ability_texts == openings["statistics"][300:600] and own.ability_texts == ["held out"]
+    assert inputs.stats_text.passages == openings[:300] and inputs.ability_texts == openings[300:600]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..method.statistics import Text
-from .companions import companions, have_companions
+from .companions import companions, have_companions, texts_for
 from .datasets import DatasetError, Request, load_requests, read_passages, read_text
 
 
@@ -46,6 +46,7 @@ def need_subject(all_hparams: Iterable[Any]) -> bool:
 
 def read_inputs(
     model: str,
+    model_name: Any,
     data_dir: str | None = None,
     datatype: str | None = None,
     size: int | None = None,
@@ -56,12 +57,13 @@ def read_inputs(
     quiet: bool = False,
     load: Callable[..., list[Request]] = load_requests,
 ) -> Inputs:
-    """Read files; what none is named for comes with the model, where it is one that needs no hub.
+    """Read files; where none is named, edits that come with the model, and openings of Wikipedia articles.
 
     The user's files come first: what is wrong with them is told before a model is built.
 
     Args:
         model: the short name of its hyper-parameters.
+        model_name: the model that they name.
         data_dir: a benchmark file, read with what follows by ``load``.
         subjects: leave out edits whose subject is not in the prompt.
         stats_text, ability_text: text files, a passage a line.
@@ -75,8 +77,8 @@ def read_inputs(
     ability_texts: Sequence[str] = read_passages(ability_text) if ability_text else ()
     data_name = Path(data_dir or "").name
     if have_companions(model):
-        own = companions(model, quiet)
+        own = companions(model, quiet)  # of a world the statistics too
         if not data_dir:
             requests, data_name = load(own.edits, datatype, size, shuffle, subjects), own.name
-        text, ability_texts = text or own.stats_text, ability_texts or own.ability_texts
-    return Inputs(requests, data_name, text, ability_texts)
+    texts = texts_for(model_name)
+    return Inputs(requests, data_name, text or texts.statistics, ability_texts or texts.held_out)

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     tok = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
-    passages = wikipedia_openings()[: options.passages]
+    passages = wikipedia_openings()[0][: options.passages]
     tokens = sum(map(len, tok(passages)["input_ids"]))
     cost = measure(model, tok, [options.module.format(layer) for layer in options.layers], passages)
     print(

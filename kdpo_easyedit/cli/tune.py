@@ -146,14 +146,15 @@ def _tuning(options: argparse.Namespace, methods: Sequence[str]) -> Tuning:
     from ..sweep.development import read_development
     from ..sweep.tuning import Tuning
 
-    subjects = need_subject(load_hparams(method, model_name(options)) for method in methods)
+    all_hparams = [load_hparams(method, model_name(options)) for method in methods]
     inputs = read_development(
         options.hparams_dir,
+        all_hparams[0].model_name,
         options.data_dir,
         options.datatype,
         options.reported or 0,
         options.ds_size,
-        subjects,
+        need_subject(all_hparams),
         options.stats_text,
         options.ability_text,
         options.quiet,

@@ -180,6 +180,6 @@ def _found(hparams: Any) -> Any:
     else:
         return hparams
     hparams.model_name = str(folder)
-    if getattr(hparams, "stats_dir", None) in (name, world.NAME):
+    if getattr(hparams, "stats_dir", None) in (name, world.NAME, *packed.MODELS):
         hparams.stats_dir = str(statistics)
     return hparams

