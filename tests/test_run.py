@@ -115,6 +115,14 @@ def test_bad_input_gets_one_line_before_anything_is_done(tmp_path, monkeypatch, 
     assert not (tmp_path / "output").exists() and not (tmp_path / "cache").exists()
 
 
+def test_a_reader_that_has_read_enough_ends_the_command_quietly(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("{models: world, methods: KDPO, sizes: 1}")
+    command = [sys.executable, str(ROOT / "run_kdpo.py"), "sweep", "sweep.yaml", "--dry_run"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 1)
+
+
 def test_an_easyedit_that_is_not_there_is_told_in_one_line(tmp_path):
     done = run("--hparams_dir", "world", "--easyedit_dir", "nowhere", folder=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -26,7 +26,12 @@ SUBCOMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 where something given is wrong, 130 where Ctrl-C stopped it."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0; what a subcommand says; 2 where something given is wrong, 130 where Ctrl-C stopped it, 1 where nobody
+        reads its output any more.
+    """
     # What the package warns of reaches the console, also while EasyEdit's output goes into the run's folder.
     log = logging.getLogger("kdpo_easyedit")
     if not log.handlers:
@@ -49,7 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(options, "easyedit_dir", None):
         os.environ["EASYEDIT_HOME"] = options.easyedit_dir
     try:
-        return subcommand.run(options, parser)
+        status: int = subcommand.run(options, parser)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whatever reads the output, as head does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # as rich has it
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
