@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0; what a subcommand says; 2 where something given is wrong, 130 where Ctrl-C stopped it, 1 where nobody
-        reads its output any more.
+        The exit status: 0, or what a subcommand says; 2 where something given is wrong, 130 where Ctrl-C stopped it, 1 where
+        nobody reads its output any more.
     """
     # What the package warns of reaches the console, also while EasyEdit's output goes into the run's folder.
     log = logging.getLogger("kdpo_easyedit")
