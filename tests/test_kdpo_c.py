@@ -12,7 +12,7 @@ import torch
 from conftest import REFERENCE, same_state, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpo_easyedit import HParamsError, KDPOHyperParams, apply_kdpo_to_model, execute_kdpo
+from kdpo_easyedit import EditFailed, HParamsError, KDPOHyperParams, apply_kdpo_to_model, execute_kdpo
 from kdpo_easyedit.easyedit.statistics import statistics_file
 from kdpo_easyedit.method import kdpo_c
 from kdpo_easyedit.method.kdpo_c import Usage
@@ -99,6 +99,29 @@ def test_a_step_is_the_gradient_times_s_and_gains_what_it_is_told_to(fresh, requ
     expected = dense(moment, aware.mom2_damping, moment[:0], 0) @ gradient.double()  # a Conv1D's weight is [in, out]
     assert torch.nn.functional.cosine_similarity(step.flatten(), expected.flatten(), dim=0) > 0.9999
     assert (step * gradient).sum().item() == pytest.approx(aware.mom2_step / (4 if sequential else 1), rel=1e-3)
+
+
+def test_no_step_is_much_longer_than_the_first(fresh, requests, aware, small_world, monkeypatch):
+    """Where the gradient vanishes, as low in the small world, an edit's aim in logits knows no bounds."""
+    model, tok = fresh
+    aware = replace(aware, layers=[1], positions="subject_last", margin=20, mom2_step=20)
+    rate, lengths = kdpo_c.SteepestDescent._rate, []
+
+    def watched(self, edit, metric, slope):
+        found = rate(self, edit, metric, slope)
+        lengths.append(found * metric**0.5)
+        return found
+
+    monkeypatch.setattr(kdpo_c.SteepestDescent, "_rate", watched)
+    for request in requests[:5]:
+        lengths.clear()
+        _, trace = execute_kdpo(model, tok, request, aware)
+        assert max(lengths) <= 4.001 * lengths[0] and trace.steps == len(lengths)
+    monkeypatch.setattr(kdpo_c, "_LONGEST", 1e30)
+    with pytest.raises(EditFailed, match=r"the loss is nan|not finite|beyond those of"):
+        for request in requests[:5]:
+            execute_kdpo(model, tok, request, aware)
+    assert max(lengths) > 1e6 * min(lengths)
 
 
 def test_edits_cost_what_they_should_not_touch_less(fresh, requests, hparams, aware, statistics):

@@ -33,6 +33,8 @@ LOG = logging.getLogger(__name__)
 
 # The least kᵀSk, as a share of the ordinary one, of a key that an edit is built from.
 _LEAST = 0.1
+# How much longer than an edit's first step its later ones may be.
+_LONGEST = 4
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class SteepestDescent:
 
     A step's size so means the same for every model, layer and damping; of several sequences it is what their margins gain in
     the mean. The cycle's later steps have the same rate η, and the loss's gradient shrinks them as the preference is learnt.
-    Edits that are made together have a rate each.
+    Edits that are made together have a rate each. Where little is left of the gradient, that many logits would take a change
+    without bounds: no rate makes a step, of length √tr(Δ S⁻¹ Δᵀ), more than :data:`_LONGEST` times as long as the edit's first.
 
     Args:
         keys: what the changes are built from, by the names of the weights, float32 ``[n, in]``, edit by edit.
@@ -169,6 +172,7 @@ class SteepestDescent:
         self.parts = [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes))]
         self.edits = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # of each key
         self.rates = [math.inf] * len(sizes)
+        self.lengths = [math.inf] * len(sizes)  # of the first steps
         self.stepped = [False] * len(sizes)
         self.slopes: dict[int, float] = {}
         self.gradients: list[Tensor] = []
@@ -198,10 +202,10 @@ class SteepestDescent:
         for change, gradient in zip(changes, self.gradients):
             metrics = [a + b for a, b in zip(metrics, self._metrics(change, gradient))]
         for edit, slope in self.slopes.items():
-            self.stepped[edit] = True
             if math.isinf(self.rates[edit]) or self.hparams.margin:
                 # On the way to a margin no step gains more than the first: where the ground grows steeper it would go too far.
-                self.rates[edit] = min(self.rates[edit], self._rate(metrics[edit], slope))
+                self.rates[edit] = min(self.rates[edit], self._rate(edit, metrics[edit], slope))
+            self.stepped[edit] = True
         taken = [self.rates[edit] if edit in self.slopes else 0.0 for edit in range(len(self.parts))]
         rates = torch.tensor(taken)[self.edits].unsqueeze(-1)
         for change, gradient in zip(changes, self.gradients):
@@ -226,11 +230,15 @@ class SteepestDescent:
         edits = self.edits.to(sums.device)
         return sums.new_zeros(len(self.parts)).index_add(0, edits, sums).tolist()
 
-    def _rate(self, metric: float, slope: float) -> float:
-        """A step of rate η lowers an edit's loss by η tr(G S Gᵀ)."""
-        logits = self.hparams.mom2_step * self.hparams.step_scale
+    def _rate(self, edit: int, metric: float, slope: float) -> float:
+        """A step of rate η lowers an edit's loss by η tr(G S Gᵀ), and is of length η √tr(G S Gᵀ)."""
+        if metric <= 0:
+            return 0.0
         # What is not a number makes one that is not, which ends the edit.
-        return 0.0 if metric <= 0 else logits * self.hparams.beta * slope / metric
+        rate, norm = self.hparams.mom2_step * self.hparams.step_scale * self.hparams.beta * slope / metric, math.sqrt(metric)
+        if not self.stepped[edit]:
+            self.lengths[edit] = rate * norm
+        return min(rate, _LONGEST * self.lengths[edit] / norm)
 
     def result(self) -> dict[str, Tensor]:
         """The new weights, float32, as the model stores them."""
