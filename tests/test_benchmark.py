@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from rich.console import Console
 
-from kdpo_easyedit.bench import benchmark
+from kdpo_easyedit.bench import benchmark, edit_benchmark
 from kdpo_easyedit.cli.benchmark import print_result
 from kdpo_easyedit.cli.main import main
 
@@ -71,3 +73,30 @@ def test_the_cost_of_knowing_what_the_layer_is_used_for(capsys):
     cost = benchmark.measure_usage(model, benchmark.hyper_params(model, layer, 8, "cpu"))
     assert cost.aware < 1.5 * cost.plain and cost.products + cost.update < cost.plain
     assert cost.inverse == 4 * model.config.intermediate_size**2
+
+
+def test_edits_of_a_real_model_against_romes(small_world, tmp_path, capsys):
+    """On the small world: one by one and together, the floor below all of them, and the model as it was."""
+    for method, changes in (("KDPO+C", {"contexts": 1}), ("ROME", {"context_template_length_params": [[2, 5]]})):
+        (tmp_path / method).mkdir()
+        config = yaml.safe_load((ROOT / "hparams" / method / "world.yaml").read_text())
+        config |= {"model_name": str(small_world.folder), "stats_dir": str(small_world.statistics), **changes}
+        (tmp_path / method / "small.yaml").write_text(yaml.safe_dump(config))
+    main(["benchmark", "--edit", "--hparams_dir", str(tmp_path / "small"), "--data", str(small_world.edits), "--size", "2"])
+    lines = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    forms = ["KDPO+C", "KDPO+C, 2 at once", "KDPO+C, 1 contexts", "KDPO+C, 1 contexts, 2 at once"]
+    assert [row[0] for row in rows] == [*forms, "ROME, 5 contexts", "ROME, 20 contexts"]
+    assert rows[0][2] == "1.00" and float(rows[0][3]) >= 1 and rows[-1][3] == "–"
+    assert all(0 < float(row[4]) < float(row[1]) for row in rows)
+    assert float(rows[-1][4]) > 2 * float(rows[-2][4])  # twenty texts before the prompt where there were five
+
+
+def test_the_floor_counts_what_is_run():
+    layer = torch.nn.Linear(300, 200)
+    with edit_benchmark._products(layer, bandwidth=1e9, rate=1e10) as floor:
+        layer(torch.zeros(2, 50, 300, requires_grad=True))
+        with torch.no_grad():
+            layer(torch.zeros(1, 300))
+    assert floor == pytest.approx([2 * 2 * 100 * 300 * 200 / 1e10, 300 * 200 * 4 / 1e9])
+    assert not layer._forward_hooks

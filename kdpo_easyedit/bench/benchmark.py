@@ -26,6 +26,7 @@ from ..devices import synchronize
 from ..method.config import KDPOHyperParams
 from ..method.kdpo import execute, execute_kdpo
 from ..method.kdpo_c import Usage
+from ..method.replay import linear_by_onednn
 from ..method.weights import runs_on
 from .peak import PeakMemory
 
@@ -311,11 +312,10 @@ def _floor(model: PreTrainedModel, weight_name: str, layer: int, layer_template:
     )
     moved = 2 * above * weight.element_size() + 8 * 4 * weight.numel()
     operations = 4 * tokens * (above + weight.numel())
-    bandwidth, rate = _bandwidth(weight), _rate(weight)
-    return max(moved / bandwidth, operations / rate)
+    return max(moved / bandwidth(weight), operations / rate(weight))
 
 
-def _bandwidth(like: Tensor, repeats: int = 5) -> float:
+def bandwidth(like: Tensor, repeats: int = 5) -> float:
     """Bytes a second that an elementwise operation on large tensors reads and writes."""
     a = torch.ones(2**27 // 4, device=like.device)
     b = torch.empty_like(a)
@@ -323,11 +323,13 @@ def _bandwidth(like: Tensor, repeats: int = 5) -> float:
     return 2 * a.nbytes / seconds
 
 
-def _rate(like: Tensor, repeats: int = 5) -> float:
-    """Operations a second of a large matrix product in the model's dtype."""
+def rate(like: Tensor, repeats: int = 5) -> float:
+    """Operations a second of a large matrix product in the model's dtype, by the fastest library that an edit uses."""
     n = 256 if like.device.type == "cpu" and like.dtype != torch.float32 else 2048  # which many processors emulate
     a = torch.ones(n, n, device=like.device, dtype=like.dtype)
-    seconds = min(_seconds(torch.mm, a, a) for _ in range(repeats))
+    linear = torch.nn.Linear(n, n, bias=False, device=like.device, dtype=like.dtype)
+    with torch.no_grad(), linear_by_onednn(linear):
+        seconds = min(_seconds(product) for _ in range(repeats) for product in (lambda: torch.mm(a, a), lambda: linear(a)))
     return 2 * n**3 / seconds
 
 

@@ -85,7 +85,7 @@ def edit_by_hand(
     """
     request = check_record(methods, record)
     save_edits = save_edits and save_edits.resolve()
-    with _prepared(methods, stats_text) as (methods, first, logs), algorithms.output_to(logs):
+    with prepared(methods, stats_text) as (methods, first, logs), algorithms.output_to(logs):
         prompts = _prompts(record, request, first)
         found = [_said(first.model, first.tok, request, prompts, "(before)")]
         for method in methods:
@@ -152,7 +152,7 @@ class Session:
         self._undone: list[tuple[Request, Mapping[str, Factors], _State]] = []
         self._factors: list[Mapping[str, Factors]] = []
         self._open = ExitStack()
-        ((self.method,), first, self._logs) = self._open.enter_context(_prepared([method], stats_text))
+        ((self.method,), first, self._logs) = self._open.enter_context(prepared([method], stats_text))
         self.model, self.tok = first.model, first.tok
         with algorithms.output_to(self._logs):
             self._editor = editor_of(self.method, first, SINGLE)
@@ -251,7 +251,7 @@ class _State:
 
 
 @contextmanager
-def _prepared(methods: Sequence[Method], stats_text: Text | None) -> Iterator[tuple[list[Method], Any, Path]]:
+def prepared(methods: Sequence[Method], stats_text: Text | None) -> Iterator[tuple[list[Method], Any, Path]]:
     """The methods as they are anywhere, EasyEdit's editor of the first, with the model, and a folder for what it prints."""
     methods = [Method(method.name, in_place(method.hparams)) for method in methods]
     if stats_text is not None:

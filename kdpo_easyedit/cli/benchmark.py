@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 from ..bench.benchmark import SHAPES, Result, UsageCost, hyper_params, load, measure, measure_usage
 from ..bench.datasets import load_requests
+from ..bench.edit_benchmark import EditCost, benchmark_edits, ways
 from ..bench.facts import FILES
 from ..bench.metrics_benchmark import MetricsBenchmark, benchmark_metrics, whole_words
 from ..devices import DTYPES
@@ -30,23 +32,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=18, help="of prompt and target (default: 18)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each form is timed (default: 5)")
     parser.add_argument("--mom2", action="store_true", help="KDPO against KDPO+C instead")
+    real = parser.add_argument_group("edits of a real model")
+    real.add_argument(
+        "--edit",
+        action="store_true",
+        help="KDPO+C without contexts, with them, and all edits at once, against ROME, by the YAMLs for --hparams_dir",
+    )
+    real.add_argument("--hparams_dir", metavar="NAME", default="smollm2-135m", help="(default: smollm2-135m)")
     measuring = parser.add_argument_group("measuring instead of editing")
     measuring.add_argument(
         "--metrics",
         action="store_true",
         help="this package's measuring against EasyEdit's, in turn, on --model or random weights in --shape",
     )
-    measuring.add_argument("--data", metavar="FILE", help="a benchmark file of edits (default: those of real facts)")
-    measuring.add_argument("--size", type=int, default=50, metavar="N", help="how many edits of it (default: 50)")
     measuring.add_argument("--no_fluency", action="store_true", help="the teacher-forced metrics alone")
+    edits = parser.add_argument_group("the edits of --edit and --metrics")
+    edits.add_argument("--data", metavar="FILE", help="a benchmark file (default: edits of real facts)")
+    edits.add_argument("--size", type=int, metavar="N", help="how many of it (default: 4 with --edit, 50 with --metrics)")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure, and print it."""
     dtype, console = getattr(torch, options.dtype), Console(highlight=False)
     what = f"{options.dtype} on {options.device} ({torch.get_num_threads()} threads)"
+    if options.edit:
+        requests = load_requests(options.data or FILES["development"], size=options.size or 4, need_subject=True)
+        console.print(f"{options.hparams_dir}, {len(requests)} edits, {what}")
+        methods = ways(options.hparams_dir, options.device, options.dtype)
+        print_edits(benchmark_edits(methods, requests), console)
+        return 0
     if options.metrics:
-        requests = load_requests(options.data or FILES["reported"], size=options.size)
+        requests = load_requests(options.data or FILES["reported"], size=options.size or 50)
         model, _ = load(options.shape, options.model, dtype, options.device)
         tok = AutoTokenizer.from_pretrained(options.model) if options.model else whole_words(requests, model.config.vocab_size)
         console.print(f"{options.model or options.shape}, {model.num_parameters() / 1e6:.0f} million parameters, {what}")
@@ -70,6 +86,22 @@ def print_usage(cost: UsageCost, console: Console) -> None:
     console.print(f"factorising the statistics, once a model: {cost.factorisation:.1f} s, {cost.inverse / 1e6:.0f} MB kept")
     console.print(f"seconds an edit: KDPO {cost.plain:.3f}, KDPO+C {cost.aware:.3f}, {cost.aware / cost.plain:.2f} × as long")
     console.print(f"of which S times the keys: {cost.products:.3f}, letting the keys count: {cost.update:.3f}")
+
+
+def print_edits(costs: Sequence[EditCost], console: Console) -> None:
+    """Show the ways to make an edit side by side, and how far each is from the floor of what it does."""
+    table = Table()
+    table.add_column("an edit by", no_wrap=True)
+    for heading in ("seconds", "ratio", "steps", "floor", "ratio"):
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        steps = "–" if cost.steps is None else f"{cost.steps:.1f}"
+        to_first, to_floor = (f"{cost.seconds / other:.2f}" for other in (costs[0].seconds, cost.floor))
+        table.add_row(cost.name, f"{cost.seconds:.3g}", to_first, steps, f"{cost.floor:.3g}", to_floor)
+    console.print(table)
+    console.print(
+        "seconds: of processor time on a CPU; ratio: to the first row's; floor: of the products with weights; ratio: to it"
+    )
 
 
 def print_result(result: Result, console: Console) -> None:
