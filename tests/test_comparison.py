@@ -415,6 +415,7 @@ def method_for(name: str, small_world, tmp_path) -> Method:
 
 
 FEW = 2
+HOW = measuring.Measuring(fluency=False)
 
 
 def untimed(rows) -> list[dict]:
@@ -424,7 +425,9 @@ def untimed(rows) -> list[dict]:
 @pytest.fixture(scope="module")
 def afterwards(methods, requests, tmp_path_factory):
     """FT when no other method has run."""
-    return compare([methods[1]], requests[:FEW], [SINGLE, SEQUENTIAL], tmp_path_factory.mktemp("alone"), eval_at=[1]).rows
+    return compare(
+        [methods[1]], requests[:FEW], [SINGLE, SEQUENTIAL], tmp_path_factory.mktemp("alone"), eval_at=[1], how=HOW
+    ).rows
 
 
 @pytest.mark.skipif(not on_main(), reason="most methods are on EasyEdit's main branch only")
@@ -443,7 +446,7 @@ def test_a_method_edits_and_the_next_one_does_not_see_it(
         assert same_state(loaded[0].state_dict(), editor.model.state_dict()) and not algorithms.memory()[1]
 
     monkeypatch.setattr(algorithms, "undo_edits", undone)
-    whole = compare([method, methods[1]], requests[:FEW], [SINGLE, SEQUENTIAL], tmp_path / "whole", eval_at=[1])
+    whole = compare([method, methods[1]], requests[:FEW], [SINGLE, SEQUENTIAL], tmp_path / "whole", eval_at=[1], how=HOW)
     assert untimed(row for row in whole.rows if row.method == "FT") == untimed(afterwards)
     single, sequential = (row for row in whole.rows if row.method == name)
     for row in (single, sequential):
@@ -460,8 +463,8 @@ def test_a_method_edits_and_the_next_one_does_not_see_it(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(algorithms, "apply_edit", stopping)
         with pytest.raises(KeyboardInterrupt):
-            compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1])
-    again = compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1])
+            compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1], how=HOW)
+    again = compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1], how=HOW)
     assert untimed(again.rows) == untimed([sequential])
     saved = [folder / f"weights-{name}.safetensors" for folder in (tmp_path / "whole", tmp_path / "cut")]
     if algorithms.can_resume(method.hparams):
@@ -469,7 +472,7 @@ def test_a_method_edits_and_the_next_one_does_not_see_it(
     else:
         assert not any(file.exists() for file in saved)
         monkeypatch.setattr(algorithms, "apply_edit", None)  # nothing is left to do
-        assert untimed(compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1]).rows) == untimed(
+        assert untimed(compare([method], requests[:FEW], [SEQUENTIAL], tmp_path / "cut", eval_at=[1], how=HOW).rows) == untimed(
             again.rows
         )
 

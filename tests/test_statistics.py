@@ -16,6 +16,7 @@ import torch
 from conftest import REFERENCE, on_main, same_state, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kdpo_easyedit.bench import statistics_benchmark
 from kdpo_easyedit.method import statistics
 from kdpo_easyedit.method.statistics import StatisticsError, Text
 
@@ -445,3 +446,13 @@ def test_what_cannot_be_taken_is_refused_with_its_name(llama):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(1e30)
     refused(LLAMA[0], f"what {LLAMA[0]} is given is not finite")
+
+
+def test_the_benchmark_takes_both_ways_in_turn_and_they_agree(monkeypatch, capsys):
+    monkeypatch.setattr(statistics_benchmark, "wikipedia_openings", lambda: ([text for text in TEXTS if text], []))
+    statistics_benchmark.main([str(REFERENCE / "llama"), "--layers", "0", "1", "--passages", "6", "--pairs", "3"])
+    head, *pairs, last = capsys.readouterr().out.splitlines()
+    assert head.startswith("2 layers") and len(pairs) == 3
+    assert all(float(pair.split("differ by ")[1].split()[0]) < 1e-5 for pair in pairs)
+    ratios = sorted(float(pair.split(" × ")[0].split()[-1]) for pair in pairs)
+    assert last == f"median of 3: {ratios[1]} × as fast, {ratios[0]} to {ratios[2]}"

@@ -19,7 +19,7 @@ from kdpo_easyedit.sweep.run import opened, run
 from kdpo_easyedit.sweep.tasks import TRIES, Here, Place, Task
 
 LOCAL = ["--address", "local"]
-TWO = {"models": "world", "methods": ["KDPO", "FT"], "protocols": ["single", "sequential"], "sizes": 2}
+TWO = {"models": "world", "methods": ["KDPO", "FT"], "protocols": ["single", "sequential"], "sizes": 2, "no_fluency": True}
 
 
 def write(folder: Path, **content: object) -> Path:
@@ -115,23 +115,8 @@ def test_a_sweep_is_its_cells_run_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", str(write(tmp_path, **TWO)), "--quiet", *LOCAL]) == 0
     assert "4 of 4 runs are done, 1 loads of a model for 4 cells" in capsys.readouterr().out
-    assert (
-        main(
-            [
-                "--hparams_dir",
-                "world",
-                "--editing_method",
-                "KDPO",
-                "FT",
-                "--ds_size",
-                "2",
-                "--metrics_save_dir",
-                "alone",
-                "--quiet",
-            ]
-        )
-        == 0
-    )
+    alone = ["--hparams_dir", "world", "--editing_method", *TWO["methods"], "--ds_size", "2", "--metrics_save_dir", "alone"]
+    assert main([*alone, "--no_fluency", "--quiet"]) == 0
     cells = from_json(Cell, json.loads(Path("sweep/sweep.json").read_text()))
     assert [(cell.state, cell.tries) for cell in cells] == [("done", 1)] * 4
     for cell in cells:

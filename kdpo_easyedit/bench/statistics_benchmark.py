@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Cost:
     theirs: float
     ours: float
     difference: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast this package is."""
+        return self.theirs / self.ours
 
 
 def measure(model: Any, tok: Any, names: Sequence[str], passages: Sequence[str]) -> Cost:
@@ -57,17 +63,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", help="a model's folder")
     parser.add_argument("--module", default="model.layers.{}.mlp.down_proj", help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 10, 15, 20], help="(default: 5 10 15 20)")
-    parser.add_argument("--passages", type=int, default=50, help="(default: 50, some 5 000 tokens)")
+    parser.add_argument("--passages", type=int, default=50, help="(default: 50, some 4 000 tokens)")
+    parser.add_argument("--pairs", type=int, default=1, help="how often to take both (default: 1)")
     options = parser.parse_args(arguments)
     tok = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
     passages = wikipedia_openings()[0][: options.passages]
     tokens = sum(map(len, tok(passages)["input_ids"]))
-    cost = measure(model, tok, [options.module.format(layer) for layer in options.layers], passages)
-    print(
-        f"{len(options.layers)} layers, {tokens} tokens, {torch.get_num_threads()} threads: layer_stats {cost.theirs:.1f} s, "
-        f"one pass {cost.ours:.1f} s: {cost.theirs / cost.ours:.1f} × as fast; moments differ by {cost.difference:.1e} at most"
-    )
+    names = [options.module.format(layer) for layer in options.layers]
+    print(f"{len(names)} layers, {tokens} tokens, {torch.get_num_threads()} threads")
+    costs = []
+    for _ in range(options.pairs):
+        costs.append(cost := measure(model, tok, names, passages))
+        print(
+            f"layer_stats {cost.theirs:.1f} s, one pass {cost.ours:.1f} s: {cost.ratio:.1f} × as fast; "
+            f"moments differ by {cost.difference:.1e} at most",
+            flush=True,
+        )
+    ratios = sorted(cost.ratio for cost in costs)
+    print(f"median of {len(ratios)}: {median(ratios):.1f} × as fast, {ratios[0]:.1f} to {ratios[-1]:.1f}")
 
 
 if __name__ == "__main__":
