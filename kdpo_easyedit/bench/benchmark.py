@@ -275,10 +275,10 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _seconds(function: Callable, *arguments: Any) -> float:
-    started = _now()
+def _seconds(function: Callable, *arguments: Any, now: Callable[[], float] = _now) -> float:
+    started = now()
     function(*arguments)
-    return _now() - started
+    return now() - started
 
 
 def _peak_memory(form: Callable, device: torch.device) -> int:
@@ -315,21 +315,22 @@ def _floor(model: PreTrainedModel, weight_name: str, layer: int, layer_template:
     return max(moved / bandwidth(weight), operations / rate(weight))
 
 
-def bandwidth(like: Tensor, repeats: int = 5) -> float:
-    """Bytes a second that an elementwise operation on large tensors reads and writes."""
+def bandwidth(like: Tensor, now: Callable[[], float] = _now, repeats: int = 5) -> float:
+    """Bytes a second, by a clock, that an elementwise operation on large tensors reads and writes."""
     a = torch.ones(2**27 // 4, device=like.device)
     b = torch.empty_like(a)
-    seconds = min(_seconds(lambda: torch.add(a, 1, out=b)) for _ in range(repeats))
+    seconds = min(_seconds(lambda: torch.add(a, 1, out=b), now=now) for _ in range(repeats))
     return 2 * a.nbytes / seconds
 
 
-def rate(like: Tensor, repeats: int = 5) -> float:
-    """Operations a second of a large matrix product in the model's dtype, by the fastest library that an edit uses."""
+def rate(like: Tensor, now: Callable[[], float] = _now, repeats: int = 5) -> float:
+    """Operations a second, by a clock, of a large matrix product in the model's dtype, by the fastest library."""
     n = 256 if like.device.type == "cpu" and like.dtype != torch.float32 else 2048  # which many processors emulate
     a = torch.ones(n, n, device=like.device, dtype=like.dtype)
     linear = torch.nn.Linear(n, n, bias=False, device=like.device, dtype=like.dtype)
     with torch.no_grad(), linear_by_onednn(linear):
-        seconds = min(_seconds(product) for _ in range(repeats) for product in (lambda: torch.mm(a, a), lambda: linear(a)))
+        products = (lambda: torch.mm(a, a), lambda: linear(a))
+        seconds = min(_seconds(product, now=now) for _ in range(repeats) for product in products)
     return 2 * n**3 / seconds
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,7 +93,8 @@ def benchmark_edits(methods: Sequence[Method], requests: Sequence[Request]) -> l
     found = []
     with prepared(methods, texts_for(methods[0].hparams.model_name).statistics) as (methods, first, logs):
         weight = first.model.get_input_embeddings().weight
-        speeds = bandwidth(weight), rate(weight)
+        now = _clock(first.model)
+        speeds = bandwidth(weight, now), rate(weight, now)
         for method in tqdm(methods, desc="ways to edit", file=sys.stderr):
             editor = editor_of(method, first, SINGLE)
             algorithms.set_memory()
@@ -112,16 +113,20 @@ def benchmark_edits(methods: Sequence[Method], requests: Sequence[Request]) -> l
 def _edit(editor: Any, requests: Sequence[Request], speeds: tuple[float, float]) -> tuple[float, int, float]:
     """Make one edit, or several at once, and take it back: its seconds, its steps, and its floor in seconds."""
     seed_everything(0)
-    clock = time.process_time if runs_on(editor.model.get_input_embeddings()).type == "cpu" else time.perf_counter
-    traces: list[EditTrace] = []
+    now, traces = _clock(editor.model), list[EditTrace]()
     synchronize()
-    started = clock()
+    started = now()
     with _products(editor.model, *speeds) as floor:
         _, originals = algorithms.apply_edit(editor, editor.model, requests if len(requests) > 1 else requests[0], traces)
         synchronize()
-    seconds = clock() - started
+    seconds = now() - started
     algorithms.undo_edits(editor, originals)
     return seconds, sum(trace.steps for trace in traces), sum(floor)
+
+
+def _clock(model: Any) -> Callable[[], float]:
+    """Of this process's processor time, for a model on a CPU; of time, elsewhere."""
+    return time.process_time if runs_on(model.get_input_embeddings()).type == "cpu" else time.perf_counter
 
 
 @contextmanager
