@@ -335,8 +335,8 @@ def print_ablation(comparison: Comparison, console: Console) -> None:
     """One table for :func:`kdpo_easyedit.bench.protocols.ablation`: a row a method and checkpoint, the best there in bold."""
     table = Table(title="sequential edits, all measured on the model at that point", title_justify="left", title_style="bold")
     table.add_column("negatives")
-    for heading in ("edit\nsuccess", "general-\nization", "port-\nability", "locality", "fluency"):
-        table.add_column(heading, justify="right")
+    for key in NAMES:
+        table.add_column(_PRINTED[key], justify="right")
     for n_edits in sorted({row.n_edits for row in comparison.curve}):
         rows = [row for row in comparison.curve if row.n_edits == n_edits]
         table.add_section()
