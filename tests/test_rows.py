@@ -16,6 +16,7 @@ from kdpo_easyedit import apply_kdpo_to_model
 from kdpo_easyedit.bench import ability, metrics
 from kdpo_easyedit.bench.ability import read as read_text
 from kdpo_easyedit.bench.answers import answers
+from kdpo_easyedit.bench.datasets import DatasetError
 from kdpo_easyedit.bench.measuring import Measuring, retention
 from kdpo_easyedit.bench.protocols import Method, compare
 from kdpo_easyedit.bench.runs import RunError, RunFolder
@@ -160,6 +161,18 @@ def test_a_sequence_is_measured_on_ordinary_text(kdpo, requests, small_world, tm
     (row,) = comparison.rows
     assert comparison.before.perplexity < row.perplexity < 100 * comparison.before.perplexity and row.divergence > 0
     assert "perplexity" in write_documents([tmp_path], tmp_path)[1].read_text()
+
+
+def test_text_that_names_the_subject_of_an_edit_is_left_out(kdpo, requests, small_world, tmp_path):
+    (first, second), texts = requests[:2], small_world.passages()[:20]
+    about = [f"{first['subject']} is well known.", f"Nobody knows {second['subject']}'s name."]
+    assert ability.about_no_edit([*about, *texts, f"x{first['subject']}"], [first, second])[-1] == f"x{first['subject']}"
+    kept = ability.about_no_edit([*about, *texts], [first, second])
+    assert kept and not set(about) & set(kept) and ability.about_no_edit(about, [{"prompt": "no subject"}]) == about
+    assert ability.about_no_edit(["Gambia is a country", "the gambia"], [{"subject": "The Gambia"}]) == ["the gambia"]
+    with pytest.raises(DatasetError, match="ability_text: every passage names the subject of an edit"):
+        compare([kdpo], [first, second], [SEQUENTIAL], tmp_path / "all", ability_texts=about)
+    assert not (tmp_path / "all").exists()
 
 
 def test_what_is_asked_for_beside_the_tables_has_columns_and_intervals(kdpo, requests, small_world, tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,13 @@ from .tasks import Tasks
 TOKENS, PASSAGE = 2000, 128
 # Of every so many positions one is compared as a whole distribution, which takes room.
 _EVERY = 32
+
+
+def about_no_edit(texts: Sequence[str], requests: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The texts that do not name the subject of an edit: an edit is meant to change how a model reads those that do."""
+    subjects = {re.sub(r"^(the|an?)\s+", "", request.get("subject") or "", flags=re.IGNORECASE).strip() for request in requests}
+    named = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(filter(None, subjects)))) or '(?!)'})(?!\w)")
+    return [text for text in texts if not named.search(text)]
 
 
 @dataclass(frozen=True)

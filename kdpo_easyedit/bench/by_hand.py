@@ -64,6 +64,7 @@ def edit_by_hand(
     seed: int = 0,
     save_edits: Path | None = None,
     stats_text: Text | None = None,
+    quiet: bool = False,
 ) -> list[Said]:
     """Make one edit with every method, each from the original model, and take it back.
 
@@ -74,6 +75,7 @@ def edit_by_hand(
         seed: of all sampling.
         stats_text: what to take second moments over, for the methods that go by them.
         save_edits: a file to keep the edit of the one method in, for :func:`kdpo_easyedit.apply_edits`.
+        quiet: show no progress.
 
     Returns:
         What the model says before, and after each method's edit.
@@ -85,7 +87,7 @@ def edit_by_hand(
     """
     request = check_record(methods, record)
     save_edits = save_edits and save_edits.resolve()
-    with prepared(methods, stats_text) as (methods, first, logs), algorithms.output_to(logs):
+    with prepared(methods, stats_text, quiet) as (methods, first, logs), algorithms.output_to(logs):
         prompts = _prompts(record, request, first)
         found = [_said(first.model, first.tok, request, prompts, "(before)")]
         for method in methods:
@@ -137,7 +139,7 @@ class Session:
         saved: whether these are on disk.
     """
 
-    def __init__(self, method: Method, seed: int = 0, stats_text: Text | None = None) -> None:
+    def __init__(self, method: Method, seed: int = 0, stats_text: Text | None = None, quiet: bool = False) -> None:
         """Load the model.
 
         Raises:
@@ -152,7 +154,7 @@ class Session:
         self._undone: list[tuple[Request, Mapping[str, Factors], _State]] = []
         self._factors: list[Mapping[str, Factors]] = []
         self._open = ExitStack()
-        ((self.method,), first, self._logs) = self._open.enter_context(prepared([method], stats_text))
+        ((self.method,), first, self._logs) = self._open.enter_context(prepared([method], stats_text, quiet))
         self.model, self.tok = first.model, first.tok
         with algorithms.output_to(self._logs):
             self._editor = editor_of(self.method, first, SINGLE)
@@ -251,7 +253,9 @@ class _State:
 
 
 @contextmanager
-def prepared(methods: Sequence[Method], stats_text: Text | None) -> Iterator[tuple[list[Method], Any, Path]]:
+def prepared(
+    methods: Sequence[Method], stats_text: Text | None, quiet: bool = False
+) -> Iterator[tuple[list[Method], Any, Path]]:
     """The methods as they are anywhere, EasyEdit's editor of the first, with the model, and a folder for what it prints."""
     methods = [Method(method.name, in_place(method.hparams)) for method in methods]
     if stats_text is not None:
@@ -259,7 +263,7 @@ def prepared(methods: Sequence[Method], stats_text: Text | None) -> Iterator[tup
     with tempfile.TemporaryDirectory() as folder:
         with algorithms.output_to(Path(folder)):
             first = host.BaseEditor(copy.copy(methods[0].hparams))
-            prepare(first.model, first.tok, [method.hparams for method in methods], stats_text)
+            prepare(first.model, first.tok, [method.hparams for method in methods], stats_text, quiet)
         yield methods, first, Path(folder)
 
 

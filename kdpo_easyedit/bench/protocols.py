@@ -45,8 +45,8 @@ from ..method.replay import projecting_by_rows, runs_by_rows
 from ..method.statistics import Text
 from ..method.weights import read, write
 from ..once import once_seconds
-from .ability import Ability
-from .datasets import Request
+from .ability import Ability, about_no_edit
+from .datasets import DatasetError, Request
 from .judge import Judge, judged
 from .measuring import (
     Measuring,
@@ -62,6 +62,7 @@ from .measuring import (
 from .peak import PeakMemory
 from .runs import Journal, RunFolder
 from .schema import (
+    FOUR,
     SEQUENTIAL,
     SINGLE,
     VERSION,
@@ -196,7 +197,8 @@ def compare(
             hyper-parameters name are used, or EasyEdit fetches the dataset that they are named after.
         data_name: what reports call the edits.
         how: how all methods are measured.
-        ability_texts: ordinary text that no edit is about: sequences are measured by how well the model still reads it.
+        ability_texts: ordinary text: sequences are measured by how well the model still reads those passages of it that name
+            no edit's subject.
         loaded: the methods' model, unedited, and its tokenizer; left out, they are loaded.
         before: the folder in which :func:`measure_before` has measured that model on these edits; left out, it is done here.
         tasks: what they are asked beside that.
@@ -205,7 +207,7 @@ def compare(
 
     Raises:
         HostError: methods of different models, or a model or device that cannot be had.
-        DatasetError: a request that the model has no room for.
+        DatasetError: a request that the model has no room for, or text that names edits' subjects everywhere.
         RunError: a folder that cannot be used or written.
     """
     folder = folder.resolve()
@@ -217,6 +219,8 @@ def compare(
         methods = [Method(method.name, with_text(method.hparams, stats_text)) for method in methods]
     settings = settings_of(methods, requests, protocols, seed, eval_at, how, ability_texts, tasks)
     checkpoints = settings["checkpoints"]
+    if ability_texts and not (ability_texts := about_no_edit(ability_texts, requests)):
+        raise DatasetError("ability_text: every passage names the subject of an edit; name a text that no edit is about")
     caveats = {method.name: words for method in methods if (words := algorithms.caveat(method.hparams))}
     apart = left_out(methods, protocols)
     memories = [method.name for method in methods if not algorithms.changes_weights(method.hparams)]
@@ -599,6 +603,8 @@ def _edit_in_sequence(
                     run.write(file, to_json(metrics))
                 row = with_ability(summarise(name, protocol, metrics, "post"), reading)
                 rows.append(replace(row, tokens_per_second=run.tokens_per_second(at.removesuffix(".json"))))
+                if not last and not progress.disable:  # whoever waits for the rest, or stops here, has these
+                    tqdm.write(f"{name} after {checkpoint} edits: {_standing(row)}", file=sys.__stderr__)
         if save_edits:
             requests = [entry.requested_rewrite for entry in before]
             write_edits(save_edits, edited, originals, requests, plain(editor.hparams), changes=changes)
@@ -664,6 +670,12 @@ def _running(entries: Sequence[dict[str, Any]]) -> str:
     words += [f"{np.mean(steps):.1f} steps an edit"] if steps else []
     failed = sum("error" in e for e in entries)
     return ", ".join(words + ([f"{failed} failed"] if failed else []))
+
+
+def _standing(row: Summary) -> str:
+    """The figures of a checkpoint in a line."""
+    measured = {measure: getattr(row, measure) for measure in (*FOUR, "perplexity")}
+    return ", ".join(f"{measure.replace('_', ' ')} {value:.1f}" for measure, value in measured.items() if value is not None)
 
 
 @dataclass(frozen=True)

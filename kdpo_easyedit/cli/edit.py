@@ -63,11 +63,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
         if len(methods) > 1:
             parser.error("--editing_method names several methods, and edits on top of one another are made by one")
-        with Session(methods[0], options.seed, own_text(methods)) as session:
+        with Session(methods[0], options.seed, own_text(methods), options.quiet) as session:
             interact(session, context, save_edits, console)
         return 0
     check_record(methods, record)
-    found = edit_by_hand(methods, record, options.seed, save_edits, own_text(methods))
+    found = edit_by_hand(methods, record, options.seed, save_edits, own_text(methods), options.quiet)
     print_by_hand(record, found, console)
     if save_edits:
         console.print(f"the edit is in {save_edits}")
