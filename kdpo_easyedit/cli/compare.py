@@ -216,6 +216,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     def load(*arguments: Any) -> list[Request]:
         requests = load_requests(*arguments)
         check_batches(protocols, len(requests))
+        if (last := max(options.eval_at or [1])) > len(requests):
+            raise HostError(
+                f"eval_at is {last}, and there are {len(requests)} edits; --ds_size takes more, where there are more"
+            )
         return requests
 
     inputs = read_inputs(
