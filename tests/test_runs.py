@@ -252,13 +252,13 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(settings, small_world, tmp_pa
 
 def test_another_command_in_the_folder_is_refused_unless_told_to_overwrite(settings, small_world, tmp_path, capfd):
     def run(*more: str) -> tuple[int, str]:
-        status = main(command(settings, small_world, tmp_path / "run", "--ds_size", "2", *more)[2:])
+        status = main(command(settings, small_world, tmp_path / "run", "--ds_size", "2", "--eval_at", "2", *more)[2:])
         return status, capfd.readouterr().err
 
     status, errors = run("--quiet")
     assert status == 0 and "%|" not in errors
     weights = (tmp_path / "run" / "weights-KDPO.safetensors").read_bytes()
-    status = main(command(settings, small_world, tmp_path / "run", "--ds_size", "2")[2:])
+    status = main(command(settings, small_world, tmp_path / "run", "--ds_size", "2", "--eval_at", "2")[2:])
     assert status == 0 and "held this run, complete" in " ".join(capfd.readouterr().out.split())
     status, errors = run("--seed", "1")
     assert status == 2 and "seed is 0 there and 1 here" in errors.splitlines()[-1]
