@@ -248,7 +248,7 @@ def test_of_the_main_jobs_few_edits_no_texts_are_written_for_fluency(monkeypatch
     for arguments in ([], ["--ds_size", "2"]):
         with pytest.raises(SystemExit):
             main(arguments)
-    assert asked == [(False, [3]), (True, None)]
+    assert asked == [(False, [2]), (True, None)]
 
 
 def test_statistics_that_are_missing_are_told_or_made_from_a_text(small_world, tmp_path):

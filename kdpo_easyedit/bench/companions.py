@@ -55,7 +55,7 @@ def have_companions(hparams_name: str) -> bool:
 
 def main_job_size(hparams_name: str) -> int:
     """How many of a model's own edits the main job makes: it is to end within minutes."""
-    return 20 if Path(hparams_name).name in world.RECIPES else 3
+    return 20 if Path(hparams_name).name in world.RECIPES else 2
 
 
 def companions(hparams_name: str, quiet: bool = False) -> Companions:

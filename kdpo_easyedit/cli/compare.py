@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ds_size",
         type=int,
         metavar="N",
-        help="how many records to take (default: all; of a model's own 3, of the world's 20)",
+        help="how many records to take (default: all; of a model's own 2, of the world's 20)",
     )
     data.add_argument("--shuffle", action="store_true", help="take the records in random order, by --seed")
     data.add_argument(
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured.add_argument(
         "--no_fluency",
         action="store_true",
-        help="write no texts for fluency, which takes longer than the rest (the main job on a real model writes none: of three "
+        help="write no texts for fluency, which takes longer than the rest (the main job on a real model writes none: of two "
         "edits they say nothing)",
     )
     measured.add_argument(
