@@ -25,7 +25,10 @@ _EVERY = 32
 def about_no_edit(texts: Sequence[str], requests: Iterable[Mapping[str, Any]]) -> list[str]:
     """The texts that do not name the subject of an edit: an edit is meant to change how a model reads those that do."""
     subjects = {re.sub(r"^(the|an?)\s+", "", request.get("subject") or "", flags=re.IGNORECASE).strip() for request in requests}
-    named = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(filter(None, subjects)))) or '(?!)'})(?!\w)")
+    subjects.discard("")
+    if not subjects:
+        return list(texts)
+    named = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, subjects))})(?!\w)")
     return [text for text in texts if not named.search(text)]
 
 
