@@ -173,6 +173,8 @@ def test_text_that_names_the_subject_of_an_edit_is_left_out(kdpo, requests, smal
     with pytest.raises(DatasetError, match="ability_text: every passage names the subject of an edit"):
         compare([kdpo], [first, second], [SEQUENTIAL], tmp_path / "all", ability_texts=about)
     assert not (tmp_path / "all").exists()
+    single = compare([kdpo], [first], [SINGLE], tmp_path / "single", quiet=True, ability_texts=about)  # reads no such text
+    assert single.before.perplexity is None
 
 
 def test_what_is_asked_for_beside_the_tables_has_columns_and_intervals(kdpo, requests, small_world, tmp_path):

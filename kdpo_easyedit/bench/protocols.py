@@ -219,7 +219,8 @@ def compare(
         methods = [Method(method.name, with_text(method.hparams, stats_text)) for method in methods]
     settings = settings_of(methods, requests, protocols, seed, eval_at, how, ability_texts, tasks)
     checkpoints = settings["checkpoints"]
-    if ability_texts and not (ability_texts := about_no_edit(ability_texts, requests)):
+    sequences = any(protocol != SINGLE for protocol in protocols)
+    if sequences and ability_texts and not (ability_texts := about_no_edit(ability_texts, requests)):
         raise DatasetError("ability_text: every passage names the subject of an edit; name a text that no edit is about")
     caveats = {method.name: words for method in methods if (words := algorithms.caveat(method.hparams))}
     apart = left_out(methods, protocols)
@@ -243,7 +244,7 @@ def compare(
         unedited = summarise("(before)", "", unedited_metrics, "pre")
         unedited = replace(unedited, tokens_per_second=run.tokens_per_second("before"))
         ability = None
-        if (ability_texts or tasks) and any(protocol != SINGLE for protocol in protocols):
+        if sequences and (ability_texts or tasks):
             with run.measuring("before"):
                 ability = Ability.of(first.model, first.tok, ability_texts, tasks)
                 able = run.read("ability-before.json") or ability.left_in(first.model, first.tok, edited=False)
