@@ -237,18 +237,20 @@ def test_the_default_run_is_the_main_job_on_the_real_model(tmp_path):
 
 
 @real
-def test_of_the_main_jobs_few_edits_no_texts_are_written_for_fluency(monkeypatch):
+def test_of_the_main_jobs_few_edits_no_texts_are_written_for_fluency(monkeypatch, small_world):
+    """And of a file's edits the model's own protocols are not made: single ones alone, as for any model."""
     asked = []
 
-    def stop(*arguments, **how):
-        asked.append((how["how"].fluency, how["eval_at"]))
+    def stop(_methods, _requests, protocols, *arguments, **how):
+        asked.append((protocols, how["how"].fluency, how["eval_at"]))
         raise SystemExit
 
     monkeypatch.setattr(protocols, "compare", stop)
-    for arguments in ([], ["--ds_size", "2"]):
+    for arguments in ([], ["--ds_size", "2"], ["--data_dir", str(small_world.edits), "--ds_size", "2"]):
         with pytest.raises(SystemExit):
             main(arguments)
-    assert asked == [(False, [2]), (True, None)]
+    both = ["single", "sequential"]
+    assert asked == [(both, False, [2]), (both, True, None), (["single"], True, None)]
 
 
 def test_statistics_that_are_missing_are_told_or_made_from_a_text(small_world, tmp_path):

@@ -186,9 +186,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     started = time.perf_counter()
     console = Console(markup=False, highlight=False)
     # A model that brings edits of its own is there for the main job: all of it, where nothing else is said.
-    main_job = have_companions(model_name(options))
+    brings_edits = have_companions(model_name(options))
+    main_job = brings_edits and not options.data_dir
     of_main_job = ["KDPO", "KDPO+C", "FT", "ROME", "MEMIT"]
-    names = options.editing_method or (of_main_job if main_job and not options.ablation else ["KDPO"])
+    names = options.editing_method or (of_main_job if brings_edits and not options.ablation else ["KDPO"])
     methods = load_methods(names, options)
     if options.ablation:
         methods = ablation(methods[0].hparams)
@@ -240,7 +241,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.ablation:
         requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
         eval_at = eval_at or [100, 500]
-    elif main_job and not (options.data_dir or options.ds_size) and len(requests) < 10:
+    elif main_job and not options.ds_size and len(requests) < 10:
         # A curve of so few edits and the entropy of so few texts show nothing, and would take longer than the edits.
         eval_at, fluency = eval_at or [len(requests)], False
 
