@@ -241,8 +241,8 @@ def test_of_the_main_jobs_few_edits_no_texts_are_written_for_fluency(monkeypatch
     """And of a file's edits the model's own protocols are not made: single ones alone, as for any model."""
     asked = []
 
-    def stop(_methods, _requests, protocols, *arguments, **how):
-        asked.append((protocols, how["how"].fluency, how["eval_at"]))
+    def stop(_methods, _requests, chosen, *arguments, **how):
+        asked.append((chosen, how["how"].fluency, how["eval_at"]))
         raise SystemExit
 
     monkeypatch.setattr(protocols, "compare", stop)
