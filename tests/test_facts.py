@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit.bench import datasets, facts
 from kdpo_easyedit.bench.facts import FILES, claims, load_known, says
+from kdpo_easyedit.bench.facts.__main__ import main as facts_command
 from kdpo_easyedit.models.packed import model_folder
 
 RELATIONS, UNRELATED = load_known()
@@ -212,6 +213,33 @@ def test_edits_are_composed_alike_every_time():
         return dict.fromkeys(prompts, " I forget")
 
     assert facts.check(made["reported"], forgetful)["edit"][0] == 0
+
+
+def test_edits_of_another_model_need_a_folder(monkeypatch, capsys):
+    """Else they would take the place of the package's own."""
+    monkeypatch.setattr("sys.argv", ["facts", "make", "--model", "gpt2"])
+    before = {path: path.stat().st_mtime_ns for path in FILES.values()}
+    with pytest.raises(SystemExit) as error:
+        facts_command()
+    assert error.value.code == 2 and "--folder" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in FILES.values()}
+
+
+def test_a_model_that_is_not_installed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["facts", "check", "--model", str(tmp_path / "none.gguf")])
+    with pytest.raises(SystemExit):
+        facts_command()
+    assert "there is no such file" in capsys.readouterr().err
+
+
+@real
+def test_the_command_asks_for_a_folder_of_edits(monkeypatch, capsys, tmp_path):
+    """``check --folder``: of two records that are there, what the model says."""
+    for split, path in FILES.items():
+        (tmp_path / path.name).write_text(json.dumps(RECORDS[split][:1]), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["facts", "check", "--folder", str(tmp_path)])
+    assert facts_command() == 0
+    assert re.search(r"development\.json: edit: (\d) of \1 \(100\.0%\)", capsys.readouterr().out)
 
 
 @real

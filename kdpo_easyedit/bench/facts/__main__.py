@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ... import files
-from ...models.packed import model_folder
-from . import FILES, MODEL, check, load_known, make, write
+from ...models.packed import ModelError, is_packed, model_folder
+from . import FILES, FOLDER, MODEL, check, load_known, make, write
 
 SIZES = {"development": 150, "reported": 330}
 #: The unrelated text before a rephrasing may well change what the model says; nothing is claimed of it.
@@ -27,9 +28,18 @@ def main() -> int:
     parser.add_argument("command", choices=("make", "check"))
     parser.add_argument("--model", default=MODEL, help="a known name, a .gguf, or a folder (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help="where the two files are, or are to be (default: the package's own)"
+    )
     args = parser.parse_args()
+    if args.command == "make" and args.model != MODEL and args.folder == FOLDER:
+        parser.error(f"the package's own edits are of {MODEL}; name a folder for those of {args.model} with --folder")
+    paths = {split: args.folder / file.name for split, file in FILES.items()}
 
-    folder = model_folder(args.model) if args.model == MODEL or args.model.endswith(".gguf") else args.model
+    try:
+        folder = model_folder(args.model) if is_packed(args.model) else args.model
+    except ModelError as error:
+        parser.error(str(error))
     tok = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(args.device).eval()
 
@@ -43,16 +53,18 @@ def main() -> int:
             return write(model, tok, prompts, progress=progress)
 
     if args.command == "make":
+        args.folder.mkdir(parents=True, exist_ok=True)
         for split, records in make(*load_known(), ask, SIZES).items():
-            with files.whole(FILES[split]) as path:
+            with files.whole(paths[split]) as path:
                 path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            print(f"{FILES[split].name}: {len(records)} edits")
+            print(f"{paths[split]}: {len(records)} edits")
         return 0
     good = True
-    for path in FILES.values():
+    for path in paths.values():
         for kind, (said, total) in check(json.loads(path.read_text(encoding="utf-8")), ask).items():
-            print(f"{path.name}: {kind}: {said} of {total} ({said / total:.1%})")
-            good &= kind not in CLAIMED or said >= ENOUGH * total
+            if total:  # of a model that knows little, a file may have no question of a kind
+                print(f"{path.name}: {kind}: {said} of {total} ({said / total:.1%})")
+                good &= kind not in CLAIMED or said >= ENOUGH * total
     return 0 if good else 1
 
 
