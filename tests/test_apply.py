@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from conftest import same_state, state
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit import EditsError, apply_edits, apply_kdpo_to_model
 from kdpo_easyedit.cli import apply as command
@@ -153,6 +155,23 @@ def test_a_list_that_was_stopped_goes_on_to_the_same_weights(folder, monkeypatch
     assert one == other and report.read_text() == (folder / "whole.json").read_text()
     assert not list(folder.glob("*.keys"))
     assert main(arguments(folder)) == 1 and report.read_text() == (folder / "whole.json").read_text()
+
+
+def test_a_list_goes_on_with_what_was_known_of_the_model_as_it_was(folder, requests, aware):
+    """Statistics of several layers are known by the weights below, and texts before prompts are the unedited model's."""
+    aware = replace(aware, layers=[2, 3], contexts=2)
+    edits = [{"request": request, "rephrasings": []} for request in requests[:3]]
+
+    def made(file, stop: int | None) -> dict[str, str]:
+        for number in (stop, None) if stop else (None,):
+            model, tok = (cls.from_pretrained(aware.model_name) for cls in (AutoModelForCausalLM, AutoTokenizer))
+            work = gated.GatedList(file, model, tok, aware, Gate.parse("success"), edits).go_on()
+            kept = [row["kept"] for row in itertools.islice(work, number)]
+            assert kept and all(kept)
+            work.close()
+        return read_header(file)["weights"]
+
+    assert made(folder / "parts.safetensors", 1) == made(folder / "whole.safetensors", None)
 
 
 def test_a_list_that_cannot_be_made_is_told_before_the_model_is_loaded(folder, capsys, monkeypatch):

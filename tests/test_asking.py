@@ -114,6 +114,19 @@ def test_the_change_is_built_from_the_prompt_and_not_from_what_its_template_puts
     assert left.shape[1] == len(right) == 2
 
 
+def test_white_space_at_a_prompts_start_does_not_move_its_subject(fresh, requests, aware):
+    """Though the template cuts it."""
+    model, tok = fresh
+    with_template(tok, TURNS.replace("content", "content | trim"))
+    aware = replace(aware, positions="subject_last", margin=1, cycles=2)
+    keys = []
+    for lead in ("", "  ", "\n\n"):
+        prompt = lead + requests[0]["prompt"]
+        _, trace = execute_kdpo(model, tok, {**requests[0], "prompt": prompt, "context": "chat"}, aware)
+        keys.append(next(iter(trace.factors.values())))
+    assert all(torch.equal(one, other) for pair in keys[1:] for one, other in zip(pair, keys[0]))
+
+
 def test_the_factors_are_what_was_added(fresh, requests, aware, hparams):
     model, tok = fresh
     for form in (aware, replace(aware, layers=[1], update_scale=2.0, positions="subject")):

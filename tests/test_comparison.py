@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import asdict
 
 import easyeditor
@@ -231,6 +232,33 @@ def test_a_summary_is_the_mean_over_edits_of_the_mean_over_prompts():
     assert row.generalization is None and row.generated_success == 50 and row.generated_generalization is None
     low, high = row.intervals["edit_success"]
     assert 0 < low < 50 and 90 < high < 100 and "portability" not in row.intervals
+    assert row.mean == pytest.approx((75 + row.locality + 50) / 3, abs=1e-3)
+    before = summarise(
+        "(before)", "", [EditMetrics(0, {}, {"rewrite_acc": [0.5], "locality": {}, "portability": {}}, {}, 0.0)], "pre"
+    )
+    assert before.edit_success == 50 and before.mean is None and "mean" not in before.intervals  # it has no locality
+
+
+def test_what_is_no_number_is_in_no_mean():
+    """Where float16 overflows a model says NaN, which files have as null."""
+    for broken in (math.nan, None):
+        entries = [
+            EditMetrics(
+                0,
+                {},
+                {},
+                {
+                    "rewrite_acc": [1.0],
+                    "locality": {},
+                    "portability": {},
+                    "probabilities": {"success": {"magnitudes": magnitudes}},
+                },
+                1.0,
+            )
+            for magnitudes in ([0.25, broken], [broken])
+        ]
+        assert summarise("X", SINGLE, entries, "post").further["em"] == 25
+        assert "em" not in summarise("X", SINGLE, entries[1:], "post").further
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say():
@@ -366,12 +394,18 @@ def test_every_checkpoint_is_measured_on_the_model_as_it_stands_then(run, method
 
 
 def test_what_the_model_has_no_room_for_is_refused_before_any_work(methods, requests, tmp_path):
-    long = {**requests[1], "rephrase_prompt": "word " * 300}
-    with pytest.raises(
-        DatasetError, match=r"edit 1 \('.*'…\): rephrase_prompt and target_new have \d+ tokens, and the model takes 256"
+    words = "word " * 60  # fits by itself
+    neighbours = {"neighborhood": {"prompt": [words], "ground_truth": ["Oslo"]}}
+    for change, what in (
+        ({"rephrase_prompt": "word " * 300}, "rephrase_prompt and target_new"),
+        ({"ground_truth": "word " * 300}, "a prompt and ground_truth"),
+        ({"target_new": "word " * 30, "prompt": "Ada is a", "locality": neighbours}, "a prompt of locality and target_new"),
     ):
-        compare(methods[:1], [requests[0], long], [SINGLE], tmp_path)
-    assert not (tmp_path / "before.jsonl").exists()
+        long = {"ground_truth": "judge", **requests[1], **change}
+        message = rf"edit 1 \('.*'…\): {what} have \d+ tokens, and the model takes 256"
+        with pytest.raises(DatasetError, match=message):
+            compare(methods[:1], [requests[0], long], [SINGLE], tmp_path)
+        assert not (tmp_path / "before.jsonl").exists()
 
 
 def test_a_prompt_that_leaves_no_more_room_than_the_target_needs_runs(methods, requests, loaded, tmp_path):

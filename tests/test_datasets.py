@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from kdpo_easyedit.bench.datasets import DatasetError, flat, load_requests, read_passages
+from kdpo_easyedit.bench.datasets import DatasetError, _subject, flat, load_requests, read_passages
 
 ZSRE = {
     "subject": "Lake Ilmen",
@@ -71,6 +71,8 @@ def test_wikibio_and_a_subject_in_other_letters(tmp_path):
     (request,) = load_requests(written(tmp_path, WIKIBIO))
     assert request["prompt"] == WIKIBIO["text"] and request["target_new"] == WIKIBIO["labels"]
     assert request["subject"] == "ada example" and request["portability"] == {} and "rephrase_prompt" not in request
+    assert _subject("Berlin", "An der Straße liegt BERLIN, das") == "BERLIN"  # a ß is two letters where case is folded
+    assert _subject("a.b", "aXb and A.B") == "A.B" and _subject("Bonn", "Berlin is") == ""
 
 
 def test_zsre_mend_with_and_without_portability(tmp_path):

@@ -193,6 +193,14 @@ def test_what_was_measured_differently_is_not_put_side_by_side(make, requests, c
         RunError, match=r"copied was not measured as .*one was: versions.transformers is '.+' there and '4.56.0'"
     ):
         read_results([one, copied])
+    record["versions"] = json.loads((one / "run.json").read_text())["versions"]
+    for key, value, message in (
+        ("ability", "0123", "ability_text is .* and '0123' here"),
+        ("engine", "easyedit", "metrics is "),
+    ):
+        (copied / "run.json").write_text(json.dumps(record | {"measuring": record["measuring"] | {key: value}}))
+        with pytest.raises(RunError, match=message):
+            read_results([one, copied])
     with pytest.raises(RunError, match="named twice"):
         read_results([one, one])
 

@@ -55,6 +55,20 @@ def test_the_subject_is_found_among_the_tokens(kind):
     assert tok.decode([ids[place] for place in tokens_of(tok, prompt, start, end)]).strip() == "Gutel Tazili"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "subject", "start"),
+    [
+        ("Ana was born in Anatolia, and", "Ana", 0),  # not in a longer word
+        ("Anatolia's Ana is in Ana-Maria", "Ana", 21),
+        ("Anatolia is in", "Ana", 0),  # but where it is nowhere else
+        ("法国的首都是法国人", "法国", 6),  # a script without spaces
+        ("What C++ and C are; C++ is", "C++", 20),
+    ],
+)
+def test_the_subject_is_a_word_where_it_stands_as_one(prompt, subject, start):
+    assert subject_span({"prompt": prompt, "subject": subject}) == (start, start + len(subject))
+
+
 @pytest.mark.parametrize("subject", [None, "", "Gutel Tazili"])
 def test_a_subject_that_is_not_in_the_prompt_is_told(subject):
     with pytest.raises(ValueError, match=r"subject is .*positions is not 'all'"):

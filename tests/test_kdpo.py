@@ -331,6 +331,20 @@ def test_the_step_is_the_one_that_the_trace_tells_of(fresh, requests, hparams):
     assert trace == same and trace.sequential and torch.equal(known[W], said[W])
 
 
+def test_no_digit_of_a_wider_weight_is_cut(fresh, requests, hparams):
+    """Of float64 an edit without a step changes nothing, and one with steps what it should."""
+    model, tok = fresh
+    model.double()
+    weight = model.get_parameter(W)
+    with torch.no_grad():
+        weight.mul_(1 + 1e-9)
+    before = weight.detach().clone()
+    known = {**requests[0], "target_new": requests[0]["ground_truth"]}
+    assert sequential(model, tok, [known], hparams) == [False] and torch.equal(weight, before)
+    weights, trace = execute_kdpo(model, tok, requests[0], hparams)
+    assert trace.final_token_accuracy == 1 and weights[W].dtype == torch.float64
+
+
 def test_an_edit_that_changed_nothing_is_not_held(fresh, requests, hparams):
     model, tok = fresh
     known = {**requests[0], "target_new": requests[0]["ground_truth"]}

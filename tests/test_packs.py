@@ -133,6 +133,17 @@ def test_an_edit_that_others_undo_goes_on(fresh, several, aware, monkeypatch):
     assert leads(model, tok, several[0]).min() > 1 - 1e-3
 
 
+@pytest.mark.parametrize("form", [{}, {"mom2_adjustment": False, "lr": 3e-3}], ids=str)
+def test_an_edit_that_was_said_at_first_goes_on_where_negatives_are_not_online(fresh, several, aware, form):
+    """Its negatives at first are its target; where another edit of the batch undoes it, they are what is said then."""
+    model, tok = fresh
+    known = {**several[0], "target_new": several[0]["ground_truth"]}
+    traces = []
+    aware = replace(aware, layers=[3], batch_size=3, cycles=20, online=False, **form)
+    apply_kdpo_to_model(model, tok, [known, several[1], several[0]], aware, traces=traces)
+    assert len(traces) == 3 and traces[0].steps > 0 and traces[1].final_token_accuracy == 1
+
+
 def test_a_batch_that_fails_names_the_edit_and_leaves_the_model_as_it_was(fresh, several, aware):
     model, tok = fresh
     before = state(model)

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from kdpo_easyedit.bench.protocols import Comparison, Example
 from kdpo_easyedit.bench.schema import PairedTest, Summary
-from kdpo_easyedit.report.charts import curve_chart, radar_chart
-from kdpo_easyedit.report.tables import print_ablation, print_examples, print_tables
+from kdpo_easyedit.report.charts import curve_chart, radar_chart, spokes
+from kdpo_easyedit.report.tables import ends, print_ablation, print_examples, print_tables, significance
 
 
 @pytest.fixture
@@ -102,6 +102,24 @@ def test_the_radar_chart_is_a_picture_with_a_polygon_a_method(comparison, tmp_pa
     assert picture.shape[0] > 500 and picture.shape[1] > 1000
     for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # the first two of matplotlib's cycle
         assert (np.abs(picture - np.array(colour) / 255).max(-1) < 0.02).sum() > 300
+
+
+def test_a_spoke_a_measure_that_was_measured(comparison):
+    """A spoke of what was not would show it as 0."""
+    assert list(spokes(comparison.rows)) == ["edit_success", "generalization", "portability", "locality", "fluency"]
+    rows = [replace(row, fluency=None, portability=None) for row in comparison.rows]
+    assert list(spokes(rows)) == ["edit_success", "generalization", "locality"]
+
+
+def test_the_note_names_what_each_protocol_is_tested_against(comparison):
+    """Runs that are reported together may have no method in common."""
+    comparison.tests.append(PairedTest("batches-10", "locality", "FT", "MEMIT", 20, -1.0, 0.002, 0.004))
+    assert significance(comparison).startswith("† differs from KDPO (single) or MEMIT (batches-10): ")
+
+
+def test_an_interval_of_no_numbers_is_left_out():
+    """As files have what float16 could not hold."""
+    assert ends("em", [None, None]) == "" and ends("edit_success", [10.2, 90.4]) == "10–90"
 
 
 def test_the_curve_chart_has_a_line_a_method(comparison, tmp_path):

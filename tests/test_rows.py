@@ -163,6 +163,17 @@ def test_a_sequence_is_measured_on_ordinary_text(kdpo, requests, small_world, tm
     assert "perplexity" in write_documents([tmp_path], tmp_path)[1].read_text()
 
 
+def test_an_interval_needs_more_than_one_passage(loaded, small_world):
+    model, tok = loaded
+    (one,) = texts = small_world.passages()[:1]
+    left = ability.Ability.of(model, tok, texts, None).left_in(model, tok)
+    assert left["perplexity"] > 1 and left["divergence"] == pytest.approx(0, abs=1e-6) and left["intervals"] == {}
+    left = ability.Ability.of(model, tok, small_world.passages()[:2], None).left_in(model, tok)
+    assert left["intervals"].keys() == {"perplexity", "divergence"}
+    with pytest.raises(DatasetError, match="ability_text: it holds no passage of two tokens or more"):
+        ability.read(model, tok, [one[:1]])
+
+
 def test_text_that_names_the_subject_of_an_edit_is_left_out(kdpo, requests, small_world, tmp_path):
     (first, second), texts = requests[:2], small_world.passages()[:20]
     about = [f"{first['subject']} is well known.", f"Nobody knows {second['subject']}'s name."]

@@ -68,6 +68,10 @@ HAND = ["--prompt", "Ada works as a", "--target_new", "judge"]
         (["--ds_size", "0"], "--ds_size is 0"),
         (["--eval_at", "10", "0"], "--eval_at is [10, 0]"),
         (["--eval_at", "1", "3", "--data_dir", "data.json"], "eval_at is 3, and there are 1 edits"),
+        (
+            ["--ablation", "--eval_at", "1", "3", "--ds_size", "1", "--data_dir", "data.json"],
+            "eval_at is 3, and there are 1 edits",
+        ),
         (["--edit_batch", "0"], "--edit_batch is [0]"),
         (["--editing_method", "MEMIT", "ROME", "--edit_batch", "1", "10"], "ROME makes one edit at a time: no batches of 10"),
         (

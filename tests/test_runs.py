@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -308,6 +309,31 @@ def test_a_comparison_keeps_the_factors_of_every_edit_also_where_it_was_stopped(
         assert ("keeps its edits as one change: the first 3" in caplog.text) == (begun is None)
     for one, other in zip(*(read_changes(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))):
         assert all(torch.equal(a, b) for a, b in zip(one[name], other[name]))
+
+
+def test_a_sequence_in_several_layers_goes_on(aware, requests, tmp_path, monkeypatch):
+    """A layer's statistics are known by the weights below it, of which some are edited."""
+    aware = replace(aware, layers=[2, 3])
+
+    def run(folder):
+        method = protocols.Method("KDPO+C", aware)
+        protocols.compare([method], requests[:3], [schema.SEQUENTIAL], tmp_path / folder, eval_at=[3], quiet=True)
+        return load_file(tmp_path / folder / "weights-KDPO+C.safetensors")
+
+    whole, original, calls = run("whole"), protocols.timed_edit, []
+
+    def stopped(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(protocols, "timed_edit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    monkeypatch.setattr(protocols, "timed_edit", original)
+    parts = run("parts")
+    assert parts.keys() == whole.keys() and all(torch.equal(parts[name], weight) for name, weight in whole.items())
 
 
 def test_the_edits_and_the_model_are_kept(settings, small_world, tmp_path):

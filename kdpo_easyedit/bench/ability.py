@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batching, in_batches, logits_at, network, running
+from .datasets import DatasetError
 from .measuring import batching_for
 from .significance import ratio_interval
 from .tasks import Tasks
@@ -89,7 +90,7 @@ def read(model: Any, tok: Any, texts: Sequence[str], tokens: int = TOKENS, batch
         if sum(map(len, passages)) >= tokens:
             break
     if not passages:
-        raise ValueError("the text for perplexity holds no passage of two tokens or more")
+        raise DatasetError("ability_text: it holds no passage of two tokens or more")
     device = network(model).device
 
     def run(batch: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -138,8 +139,10 @@ class Ability:
         if self.before:
             now = read(model, tok, self.texts, batching=batching_for(model)) if edited else self.before
             found["perplexity"] = round(now.perplexity, 4)
-            found["intervals"]["perplexity"] = [round(end, 4) for end in now.perplexity_interval]
             if edited:
                 found["divergence"] = round(now.divergence(self.before), 6)
-                found["intervals"]["divergence"] = [round(end, 6) for end in now.divergence_interval(self.before)]
+            if len(now.sizes) > 1:  # an interval is a bootstrap over passages
+                found["intervals"]["perplexity"] = [round(end, 4) for end in now.perplexity_interval]
+                if edited:
+                    found["intervals"]["divergence"] = [round(end, 6) for end in now.divergence_interval(self.before)]
         return found

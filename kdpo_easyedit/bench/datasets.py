@@ -29,6 +29,7 @@ import io
 import json
 import logging
 import random
+import re
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -246,6 +247,5 @@ def _subject(subject: str, prompt: str) -> str:
     """The subject as it stands in the prompt; empty where it does not."""
     if subject in prompt:
         return subject
-    start = prompt.casefold().find(subject.casefold())
-    found = prompt[start : start + len(subject)] if start >= 0 else ""
-    return found if found.casefold() == subject.casefold() else ""
+    found = re.search(re.escape(subject), prompt, re.IGNORECASE)
+    return found.group() if found else ""

@@ -174,7 +174,8 @@ def further_per_edit(metrics: Sequence[EditMetrics], phase: str) -> dict[str, li
     phases = [getattr(entry, phase) for entry in metrics]
 
     def mean(scores: Any) -> float | None:
-        return 100 * float(np.mean(scores)) if np.size(scores) else None
+        finite = [score for score in np.ravel(_known(scores)) if math.isfinite(score)]  # an overflow's are no numbers
+        return 100 * float(np.mean(finite)) if finite else None
 
     found: dict[str, list[float | None]] = {}
     for key in dict.fromkeys(key for of in phases for key in of if key.startswith("generated")):
@@ -221,7 +222,8 @@ def summarise(method: str, protocol: str, metrics: Sequence[EditMetrics], phase:
     intervals = {
         key: (mean_interval if key == "fluency" else share_interval)(values[key]) for key in MEASURES if len(values[key]) > 1
     }
-    if means_of_four := [value for key in FOUR if (value := means[key]) is not None]:
+    # The unedited model has no locality: a mean of the rest is no figure to hold a method's against.
+    if phase == "post" and (means_of_four := [value for key in FOUR if (value := means[key]) is not None]):
         means["mean"] = round(float(sum(means_of_four) / len(means_of_four)), 4)
         if len(metrics) > 1:
             intervals["mean"] = joint_interval([by_edit[key] for key in FOUR])

@@ -39,8 +39,7 @@ from ..edits.factors import Factors, from_tensors, to_tensors
 from ..edits.file import one_by_one
 from ..method import kdpo_c
 from ..method.config import HParamsError, KDPOHyperParams
-from ..method.contexts import contexts as own_contexts
-from ..method.kdpo import EditTrace
+from ..method.kdpo import EditTrace, note_unedited
 from ..method.replay import projecting_by_rows, runs_by_rows
 from ..method.statistics import Text
 from ..method.weights import read, write
@@ -547,8 +546,8 @@ def _edit_in_sequence(
         edited = timed_edit(editor, editor.model, before[0].requested_rewrite, seed).model
     elif weights:
         originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
-    if getattr(editor.hparams, "contexts", 0) and editor.hparams.alg_name == "KDPO":
-        own_contexts(editor.model, editor.tok, editor.hparams.contexts)  # of the model as it was, also when going on
+    if editor.hparams.alg_name == "KDPO":
+        note_unedited(editor.model, editor.tok, editor.hparams)
     try:
         write(edited, weights)
         algorithms.set_memory(notes.get("contexts", {}), remembered)
@@ -766,6 +765,10 @@ def _check_room(requests: Sequence[Request], model: Any, tok: Any) -> None:
             for kind, asked in request[section].items():
                 pairs = zip(asked["prompt"], asked["ground_truth"])
                 texts += [(f"a prompt and answer of {section}.{kind}", f"{prompt} {answer}") for prompt, answer in pairs]
+        if old := request.get("ground_truth"):  # which ES, PS and NS are measured with
+            texts += [("a prompt and ground_truth", f"{prompt} {old}") for prompt in (request["prompt"], *rephrasings(request))]
+            prompts = [prompt for asked in request["locality"].values() for prompt in asked["prompt"]]
+            texts += [("a prompt of locality and target_new", f"{prompt} {request['target_new']}") for prompt in prompts]
         for what, text in texts:
             check_length(f"edit {number} ({request['prompt'][:60]!r}…): {what}", text, model, tok)
 

@@ -216,6 +216,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     def load(*arguments: Any) -> list[Request]:
         requests = load_requests(*arguments)
+        if options.ablation:
+            requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
         check_batches(protocols, len(requests))
         if (last := max(options.eval_at or [1])) > len(requests):
             raise HostError(
@@ -239,7 +241,6 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     requests = inputs.requests
     eval_at, fluency = options.eval_at, not options.no_fluency
     if options.ablation:
-        requests = requests[: options.ds_size or (500 if len(requests) >= 500 else 100)]
         eval_at = eval_at or [100, 500]
     elif main_job and not options.ds_size and len(requests) < 10:
         # A curve of so few edits and the entropy of so few texts show nothing, and would take longer than the edits.

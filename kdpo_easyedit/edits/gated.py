@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..files import json_text, whole
 from ..method.asking import CONTEXTS, context_of
 from ..method.config import HParamsError, KDPOHyperParams
-from ..method.kdpo import EditTrace, apply_kdpo_to_model
+from ..method.kdpo import EditTrace, apply_kdpo_to_model, note_unedited
 from ..method.kdpo_c import protect_keys, protected_keys
 from ..method.weights import Weights, read, write
 from .base import says
@@ -146,6 +146,7 @@ class GatedList:
         changes: list[dict[str, Factors]] | None = [] if one_by_one(self.model, self.hparams) else None
         regression = Regression(self.model, self.tok, self.prompts, self.context) if self.prompts else None
         if self._kept():
+            note_unedited(self.model, self.tok, self.hparams)
             apply_edits(self.model, self.file)
             changes = None if changes is None else read_changes(self.file)
             self._protect()

@@ -91,6 +91,7 @@ def _in_chat(tok: Any, prompt: str) -> Asked:
     start = text.rfind(prompt.strip())
     if start < 0:
         raise ContextError(f"the model's chat template makes {text!r} of the prompt {prompt!r}, which is not in there as it is")
+    start -= len(prompt) - len(prompt.lstrip())  # the white space that it begins with counts, though a template may cut it
     answer = rendered(user, {"role": "assistant", "content": _ANSWER}).removeprefix(text)
     gap = answer[: len(answer) - len(answer.lstrip())]
     return Asked(text, gap if answer.startswith(gap + _ANSWER) else "", start, False)

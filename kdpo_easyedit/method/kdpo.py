@@ -22,7 +22,7 @@ from .kdpo_c import SteepestDescent, Usage
 from .packs import Autoregressive, Edit, EditTrace, NotFinite, Pack, TeacherForced, Update, keys_of, packed
 from .preference import edit_tokens, means, normalised, subject_span, tokens_of
 from .replay import EditedWeights, frozen
-from .weights import Weights, copy_notes, holds_edit, note_edit, read, runs_on, write
+from .weights import Weights, at_least_float32, copy_notes, holds_edit, note_edit, read, runs_on, write
 
 
 class EditFailed(ValueError):
@@ -124,6 +124,14 @@ def execute_kdpo(
     usages = kdpo_c.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
     weights, (trace,), _ = execute(model, tok, [complete], hparams, usages)
     return weights, trace
+
+
+def note_unedited(model: PreTrainedModel, tok: Any, hparams: KDPOHyperParams) -> None:
+    """Keep what edits go by of a model as it was: texts that it writes, and its layers' statistics, which are known by the
+    weights below. An edit does so by itself; where earlier edits are read into the model first, this comes before."""
+    contexts(model, tok, hparams.contexts)
+    if hparams.mom2_adjustment:
+        kdpo_c.usages(model, tok, hparams)
 
 
 def execute(
@@ -298,12 +306,14 @@ class _Adam:
     """The paper's optimiser.
 
     Attributes:
-        weights: W in float32, whatever the model's dtype, where its module computes.
+        weights: W in float32 or the model's wider dtype, where its module computes.
     """
 
     def __init__(self, model: PreTrainedModel, originals: Weights, hparams: KDPOHyperParams, scale: float) -> None:
         self.weights = {
-            name: original.to(runs_on(model.get_submodule(name.rpartition(".")[0])), torch.float32, copy=True).requires_grad_()
+            name: original.to(
+                runs_on(model.get_submodule(name.rpartition(".")[0])), at_least_float32(original.dtype), copy=True
+            ).requires_grad_()
             for name, original in originals.items()
         }
         self.originals, self.scale, self.limit = originals, scale, hparams.norm_constraint

@@ -27,7 +27,7 @@ from .config import HParamsError, KDPOHyperParams
 from .preference import means
 from .statistics import StatisticsError, fingerprints, statistics_files
 from .statistics import read as read_moment
-from .weights import Weights, checksum, read
+from .weights import Weights, at_least_float32, checksum, read
 
 LOG = logging.getLogger(__name__)
 
@@ -206,7 +206,10 @@ class SteepestDescent:
                 # On the way to a margin no step gains more than the first: where the ground grows steeper it would go too far.
                 self.rates[edit] = min(self.rates[edit], self._rate(edit, metrics[edit], slope))
             self.stepped[edit] = True
-        taken = [self.rates[edit] if edit in self.slopes else 0.0 for edit in range(len(self.parts))]
+        taken = [
+            min(self.rates[edit], self._longest(edit, metrics[edit])) if edit in self.slopes else 0.0
+            for edit in range(len(self.parts))
+        ]
         rates = torch.tensor(taken)[self.edits].unsqueeze(-1)
         for change, gradient in zip(changes, self.gradients):
             change.coefficients -= rates.to(gradient.device) * gradient
@@ -238,11 +241,15 @@ class SteepestDescent:
         rate, norm = self.hparams.mom2_step * self.hparams.step_scale * self.hparams.beta * slope / metric, math.sqrt(metric)
         if not self.stepped[edit]:
             self.lengths[edit] = rate * norm
-        return min(rate, _LONGEST * self.lengths[edit] / norm)
+        return min(rate, self._longest(edit, metric))
+
+    def _longest(self, edit: int, metric: float) -> float:
+        """The rate at which a step is as long as it may be."""
+        return _LONGEST * self.lengths[edit] / math.sqrt(metric) if metric > 0 else math.inf
 
     def result(self) -> dict[str, Tensor]:
-        """The new weights, float32, as the model stores them."""
-        found = {name: original.to(torch.float32, copy=True) for name, original in self.originals.items()}
+        """The new weights, float32 or the model's wider dtype, laid out as the model stores them."""
+        found = {name: original.to(at_least_float32(original.dtype), copy=True) for name, original in self.originals.items()}
         for name, change in self.weights.items():
             if any(self.stepped):
                 delta = change.coefficients.T @ change.basis
@@ -326,13 +333,19 @@ def _edited(model: Any) -> dict[str, Usage]:
     if not known or not known.held:
         return {}
     now = _checksums(model, known.ordinary)
-    return next((usages for state, usages in reversed(known.held) if state == now), {})
+    found = next((held for held in reversed(known.held) if held[0] == now), None)
+    if found is None:
+        return {}
+    # What the weights hold now is the one that remember() keeps beside the next.
+    known.held = [*(held for held in known.held if held is not found), found]
+    return found[1]
 
 
 def remember(model: Any, edited: dict[str, Usage]) -> None:
     """Let the edits that ``model`` now holds count in :func:`usages`."""
     known = _KNOWN[model]
-    known.held = [*known.held[-1:], (_checksums(model, known.ordinary), edited)]
+    now = _checksums(model, known.ordinary)
+    known.held = [*[held for held in known.held if held[0] != now][-1:], (now, edited)]
 
 
 def copy_knowledge(model: Any, copy: Any) -> None:
@@ -350,7 +363,8 @@ def protect_keys(model: Any, tok: Any, hparams: KDPOHyperParams, protected: Mapp
     """Go on from the edits that ``model`` holds with what :func:`protected_keys` gave."""
     usages(model, tok, hparams)
     ordinary = _KNOWN[model].ordinary
-    remember(model, {name: replace(ordinary[name], protected=rows) for name, rows in protected.items()})
+    # In the model's order, lowest layer first, whatever order a file has given them in: steps go by it.
+    remember(model, {name: replace(usage, protected=protected[name]) for name, usage in ordinary.items()})
 
 
 @once

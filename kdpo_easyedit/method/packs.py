@@ -371,10 +371,11 @@ class TeacherForced:
             negatives = torch.where(leads >= margin, targets, others)
             least = leads.masked_fill(~real, math.inf).amin(-1).tolist()
         negatives = torch.where(real, negatives, targets)
+        if not self.hparams.online:  # those of its start, of a sequence that had any then
+            pairs = _some(self.pairs, rows)
+            negatives = torch.where((pairs[..., 0] != pairs[..., 1]).any(-1, keepdim=True), pairs[..., 1], negatives)
         asked = (negatives != targets).any(-1).tolist()
-        renews = self.hparams.online or not edits[0].trace.losses
-        avoided = negatives if renews else _some(self.pairs[..., 1], rows)
-        found, wrong_of, finite_of = avoided.tolist(), wrong.tolist(), finite.tolist()
+        found, wrong_of, finite_of = negatives.tolist(), wrong.tolist(), finite.tolist()
         place, renewed = {row: n for n, row in enumerate(rows)}, []
         for edit in edits:
             its = [(row, place[row]) for row in self.rows[edit] if row in place]
@@ -390,7 +391,7 @@ class TeacherForced:
             if edit.renew(avoid[:length], state, whole, self.hparams):
                 update.begin_cycle(edit.number)
                 renewed += its
-        if renews:
+        if renewed:
             of_pack, of_these = ([row for row, _ in renewed], [n for _, n in renewed])
             self.pairs[of_pack, :, 1] = negatives[of_these]
             self.reference = pair_margin(self.suffix.own_logits.gather(-1, self.pairs))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,7 +181,9 @@ def subject_span(request: Mapping[str, Any]) -> tuple[int, int]:
     """
     prompt, subject = request["prompt"], request.get("subject")
     stripped = subject.strip() if isinstance(subject, str) else ""
-    found = prompt.rfind(stripped)
+    # "Ana" is not in "Anatolia", where it also stands by itself; scripts without spaces have it wherever it is.
+    words = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(stripped)}(?!\w)", prompt)]
+    found = words[-1] if words else prompt.rfind(stripped)
     if not stripped or found < 0:
         raise ValueError(
             f"a request's subject is {subject!r:.100}, and has to stand in its prompt, {prompt!r}, where positions is not 'all'"

@@ -40,6 +40,11 @@ def write(model: nn.Module, weights: Weights) -> None:
                 parameter.copy_(weight)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What a weight of this dtype is edited in: float32, but for float64, whose digits that would cut."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def fingerprint(weight: Tensor) -> str:
     """The SHA-256 of a weight's bytes."""
     return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()

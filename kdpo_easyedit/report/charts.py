@@ -19,6 +19,11 @@ from ..files import whole
 from .tables import NAMES
 
 
+def spokes(rows: Sequence[Summary]) -> dict[str, str]:
+    """The measures that a radar chart shows, and their names: those that any row has."""
+    return {key: name for key, name in NAMES.items() if any(getattr(row, key) is not None for row in rows)}
+
+
 def radar_chart(comparison: Comparison, path: Path) -> None:
     """The paper's figure: a polygon a method over the five measures, one chart a protocol, as a PNG.
 
@@ -26,7 +31,8 @@ def radar_chart(comparison: Comparison, path: Path) -> None:
     """
     protocols = list(dict.fromkeys(row.protocol for row in comparison.rows))
     highest = max((row.fluency or 0 for row in (comparison.before, *comparison.rows)), default=0) or 1
-    angles = [2 * math.pi * i / len(NAMES) for i in range(len(NAMES))]
+    names = spokes(comparison.rows)
+    angles = [2 * math.pi * i / len(names) for i in range(len(names))]
     figure, axes = plt.subplots(
         1, len(protocols), figsize=(6.8 * len(protocols), 6), subplot_kw={"projection": "polar"}, squeeze=False
     )
@@ -35,8 +41,8 @@ def radar_chart(comparison: Comparison, path: Path) -> None:
         axis.set_theta_direction(-1)
         axis.set_ylim(0, 100)
         axis.set_yticks([25, 50, 75, 100], labels=["25", "50", "75", "100"], color="0.5", fontsize=8)
-        axis.set_rlabel_position(math.degrees(angles[1] / 2))  # between two spokes, where no polygon has a corner
-        axis.set_xticks(angles, labels=list(NAMES.values()), fontsize=11)
+        axis.set_rlabel_position(180 / len(names))  # between two spokes, where no polygon has a corner
+        axis.set_xticks(angles, labels=list(names.values()), fontsize=11)
         for angle, label in zip(angles, axis.get_xticklabels()):  # labels stand outside the circle
             side = math.sin(angle)
             label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
@@ -45,8 +51,7 @@ def radar_chart(comparison: Comparison, path: Path) -> None:
         axis.spines["polar"].set_color("0.85")
         rows = [row for row in comparison.rows if row.protocol == protocol]
         for number, row in enumerate(rows):
-            values = [getattr(row, key) or 0 for key in NAMES]
-            values[-1] *= 100 / highest
+            values = [(getattr(row, key) or 0) * (100 / highest if key == "fluency" else 1) for key in names]
             line = axis.plot([*angles, 0], [*values, values[0]], label=row.method, linewidth=2, color=f"C{number}")
             axis.fill([*angles, 0], [*values, values[0]], color=line[0].get_color(), alpha=0.04)
         axis.set_title(f"{rows[0].n_edits} {protocol} edits", fontsize=13, pad=24)

@@ -93,6 +93,7 @@ def _read(folder: Path) -> Results:
     hparams = next(iter(record["methods"].values()))
     loading = {key: hparams.get(key, False) for key in ("device", "model_parallel")}
     loading["dtype"] = hparams.get("dtype") or ("float16" if hparams.get("fp16") else "float32")
+    measuring = record.get("measuring", {})
     return Results(
         model=hparams["model_name"],
         settings={
@@ -100,7 +101,13 @@ def _read(folder: Path) -> Results:
             "edits": comparison.before.n_edits,
             "records": record["data"],
             "seed": record["seed"],
-            "context": record.get("measuring", {}).get("contexts", ["plain"])[0],
+            "context": measuring.get("contexts", ["plain"])[0],
+            "metrics": measuring.get("engine"),
+            **{
+                f"ability_{what}": measuring[key]
+                for what, key in (("text", "ability"), ("tasks", "tasks"), ("limit", "limit"))
+                if key in measuring
+            },
             "hardware": record["about"]["device"],
             **loading,
             "versions": record["versions"],

@@ -234,7 +234,8 @@ def _label(measure: str) -> str:
 
 def _table(folder: Path, into: Path, runs: Sequence[Run], measures: Sequence[str]) -> dict[str, Any]:
     data, size, protocol = runs[0].table
-    edits = next((run.row.n_edits for run in runs if run.row is not None), size or "all")
+    sizes = {run.row.n_edits for run in runs if run.row is not None}
+    edits = sizes.pop() if len(sizes) == 1 else size or "all"
     groups: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         groups.setdefault(run.method, {}).setdefault(run.cell.model, []).append(run)

@@ -129,6 +129,8 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
 
 def ends(key: str, interval: Sequence[float]) -> str:
     """An interval; of percentages without decimals, which it has none to give."""
+    if None in interval:  # of what is no number, as files have it
+        return ""
     decimals = key in _DECIMALS or key.startswith("task: ")
     return "–".join(shown(key, end) if decimals else f"{end:.0f}" for end in interval)
 
@@ -371,7 +373,11 @@ def significance(comparison: Comparison) -> str:
     """What the dagger says."""
     if not comparison.tests:
         return ""
-    return f"{_MARK} differs from {comparison.tests[0].against}: paired permutation test, p < {_SIGNIFICANT} by Holm"
+    against: dict[str, list[str]] = {}
+    for test in comparison.tests:
+        against.setdefault(test.against, []).append(test.protocol)
+    words = [name + (f" ({', '.join(dict.fromkeys(of))})" if len(against) > 1 else "") for name, of in against.items()]
+    return f"{_MARK} differs from {' or '.join(words)}: paired permutation test, p < {_SIGNIFICANT} by Holm"
 
 
 def print_tables(comparison: Comparison, console: Console) -> None:
