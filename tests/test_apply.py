@@ -155,6 +155,8 @@ def test_a_list_that_was_stopped_goes_on_to_the_same_weights(folder, monkeypatch
     assert one == other and report.read_text() == (folder / "whole.json").read_text()
     assert not list(folder.glob("*.keys"))
     assert main(arguments(folder)) == 1 and report.read_text() == (folder / "whole.json").read_text()
+    (folder / "list.safetensors").unlink()
+    assert main(arguments(folder)) == 2  # the report alone says that it is done
 
 
 def test_a_list_goes_on_with_what_was_known_of_the_model_as_it_was(folder, requests, aware):
@@ -188,11 +190,20 @@ def test_a_list_that_cannot_be_made_is_told_before_the_model_is_loaded(folder, c
         ("prompt;answer\na;b\n", "there is no column 'prompt'; there are prompt;answer"),
         ("prompt,answer\na,b\nc,\n", "row 3 has an empty answer"),
         ("prompt,answer\na,b\na,c\n", "the prompt 'a' is there twice"),
+        (
+            "prompt,rephrasing,rephrasing,answer\na,b,c,d\n",
+            "the column 'rephrasing' is there twice; give each a name of its own",
+        ),
+        ("prompt,answer\na,b, or c\n", "line 2 has more cells than the header; quote those with a comma in them"),
     ):
         (folder / "list.csv").write_text(content)
         assert message in error(*arguments(folder))
     (folder / "list.csv").write_bytes(b"prompt,answer\n\xff,b\n")
     assert "cannot be read as CSV in UTF-8" in error(*arguments(folder))
+    (folder / "list.csv").write_text("prompt,answer\na,b\n")
+    assert "whose folder is not there or cannot be written" in error(
+        *arguments(folder, "--save_edits", str(folder / "no" / "x"))
+    )
 
 
 def test_another_lists_file_is_not_gone_on_with(folder, capsys):

@@ -14,7 +14,7 @@ from conftest import on_main
 from kdpo_easyedit import HParamsError, KDPOHyperParams
 from kdpo_easyedit.cli.flags import add_machine, add_methods, load_methods
 from kdpo_easyedit.devices import DTYPES
-from kdpo_easyedit.easyedit.hparams import load_hparams
+from kdpo_easyedit.easyedit.hparams import filled_in, load_hparams
 from kdpo_easyedit.easyedit.loading import load_model
 from kdpo_easyedit.method.config import HPARAMS_DIR, find_hparams, loading_dtype
 
@@ -251,9 +251,25 @@ def test_other_methods_yamls_are_checked_too(tmp_path):
         (good | {"v_learning_rate": 1}, "unknown key 'v_learning_rate'"),
         ({k: v for k, v in good.items() if k != "v_lr"}, "missing key 'v_lr'"),
         (good | {"alg_name": "MEMIT"}, "alg_name is 'MEMIT'; allowed for ROME: 'ROME'"),
+        (good | {"layers": 0}, "layers is 0; allowed: a list of layer numbers"),
+        (good | {"layers": [-1]}, r"layers is \[-1\]; allowed: a list of layer numbers"),
+        (good | {"v_num_grad_steps": "ten"}, "v_num_grad_steps is 'ten'; allowed: a number"),
     ):
         with pytest.raises(HParamsError, match=message):
             load_hparams("ROME", written(tmp_path, config))
+
+
+def test_a_layer_that_the_model_does_not_have_is_named_of_other_methods_too(tmp_path, loaded):
+    good = yaml.safe_load((HPARAMS_DIR / "ROME" / "world.yaml").read_text())
+    with pytest.raises(HParamsError, match="layers holds 9; allowed: 0 to 3"):
+        filled_in(load_hparams("ROME", written(tmp_path, good | {"layers": [9]})), loaded[0])
+
+
+def test_plain_kdpo_is_not_called_kdpo_c(tmp_path, config):
+    path = written(tmp_path, config)
+    assert not load_hparams("KDPO", path).mom2_adjustment
+    with pytest.raises(HParamsError, match="mom2_adjustment is false; KDPO\\+C is KDPO with mom2_adjustment: true"):
+        load_hparams("KDPO+C", path)
 
 
 def test_a_method_that_cannot_be_compared_is_refused(tmp_path, config):

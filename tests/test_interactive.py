@@ -71,6 +71,10 @@ def test_an_edit_that_cannot_be_made_leaves_what_there_is(session, requests, tmp
     with pytest.raises(EditsError, match="originals is empty"):
         session.save(tmp_path / "none.safetensors")
     assert same_state(before, state(session.model)) and session.made == [] and not list(tmp_path.iterdir())
+    session.edit(fields(requests[0]))
+    with pytest.raises(EditsError, match="cannot be written"):
+        session.save(tmp_path / "no" / "one.safetensors")
+    assert len(session.made) == 1 and not session.saved
 
 
 class Terminal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from kdpo_easyedit.bench import ability, metrics
 from kdpo_easyedit.bench.ability import read as read_text
 from kdpo_easyedit.bench.answers import answers
 from kdpo_easyedit.bench.datasets import DatasetError
-from kdpo_easyedit.bench.measuring import Measuring, retention
+from kdpo_easyedit.bench.measuring import Measuring, retention, seed_everything
 from kdpo_easyedit.bench.protocols import Method, compare
 from kdpo_easyedit.bench.runs import RunError, RunFolder
 from kdpo_easyedit.bench.schema import (
@@ -71,6 +72,15 @@ def test_an_edit_that_cannot_be_made_is_a_row_that_says_so(kdpo, loaded, request
     assert "1 of 3 edits could not be made" in remarks(comparison)[0]
     assert "could not edit" in capfd.readouterr().err
     assert "1 of 3 edits could not be made" in write_documents([tmp_path], tmp_path)[1].read_text()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1, 2**32 + 5])
+def test_any_whole_number_is_a_seed(seed):
+    """Of which NumPy takes 32 bits."""
+    seed_everything(seed)
+    first = np.random.random(), random.random(), torch.rand(1).item()
+    seed_everything(seed)
+    assert first == (np.random.random(), random.random(), torch.rand(1).item())
 
 
 def test_numbers_that_are_not_finite_leave_json_readable(tmp_path):

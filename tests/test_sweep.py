@@ -76,6 +76,10 @@ def test_cells_are_the_product_less_what_is_excluded(tmp_path):
         ({**TWO, "exclude": [{"model": "world"}]}, "exclude leaves no cell"),
         ({**TWO, "data": {"mine": "none.json"}}, "none.json: cannot be read"),
         ({**TWO, "data": "mine.json"}, "data is 'mine.json'; allowed: a mapping of names"),
+        (
+            {**TWO, "data": {"a/b": "SWEEP.yaml", "a-b": "SWEEP.yaml"}},
+            "data names 'a/b' and 'a-b', whose runs would share the folder",
+        ),
         ({**TWO, "models": "qwen1.5-0.5b"}, "data_dir is missing"),
         ({**TWO, "num_gpus": 1.5}, "num_gpus is 1.5"),
         ({**TWO, "memory": "40 gigs"}, "memory is '40 gigs'; allowed: a number of bytes, or such as 40GB"),
@@ -108,6 +112,13 @@ def test_a_dry_run_shows_the_cells_and_what_is_refused(tmp_path, monkeypatch, ca
     printed = capsys.readouterr()
     assert printed.out.count("refused: editing_method is 'MEND'") == 2 and "MEND on world and 1 more" in printed.err
     assert {path.name for path in tmp_path.iterdir()} == {"SWEEP.yaml"}
+
+
+def test_without_sizes_all_edits_are_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content = {key: value for key, value in TWO.items() if key != "sizes"}
+    assert main(["sweep", str(write(tmp_path, **content)), "--dry_run"]) == 0
+    assert " all " in capsys.readouterr().out
 
 
 def test_a_sweep_is_its_cells_run_alone(tmp_path, monkeypatch, capsys):

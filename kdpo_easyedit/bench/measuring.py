@@ -297,6 +297,7 @@ def check_length(what: str, text: str, model: Any, tok: Any) -> None:
 
 
 def seed_everything(seed: int) -> None:
+    seed %= 2**32  # all that NumPy takes
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -302,6 +302,8 @@ def check(
         raise host.HostError("save_edits and save_model keep the sequential edits of one method; name one method")
     if save_edits and not save_edits.absolute().parent.is_dir():
         raise host.HostError(f"save_edits is {str(save_edits)!r}, whose folder is not there; make it first")
+    if save_edits and save_edits.is_dir():
+        raise host.HostError(f"save_edits is {str(save_edits)!r}, which is a folder; name a file in it")
     if save_model and save_model.exists():
         raise host.HostError(f"save_model is {str(save_model)!r}, which is there already; name a new folder")
     wanted = [loading(method.hparams) for method in methods]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     prompts = [row["prompt"] for row in read_rows(options.regression, ["prompt"])] if options.regression else []
     if gate.needs_regression and not prompts:
         raise EditsError(f"keep_if is {gate.text!r}, which is measured on prompts; name a file of them with --regression")
-    model, tok, hparams = _loaded(options)
     file = options.save_edits or options.list.with_suffix(".safetensors")
+    if not os.access(file.absolute().parent, os.W_OK):
+        raise EditsError(f"save_edits is {str(file)!r}, whose folder is not there or cannot be written; name another file")
+    model, tok, hparams = _loaded(options)
     work = GatedList(file, model, tok, hparams, gate, edits, prompts, options.context)
     for _ in tqdm(work.go_on(), total=len(edits), initial=len(work.rows), unit="edit", disable=options.quiet):
         pass

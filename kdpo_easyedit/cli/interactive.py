@@ -65,13 +65,13 @@ def interact(session: Session, context: str, save_edits: Path | None, console: C
                         console.print(f"{number:4}  {_shown(request)}")
                     console.print(f"{len(session.made)} edits" + ("" if session.saved else ", not saved"))
                 case "save", file:
-                    _save(session, Path(file) if file else save_edits, console)
+                    _save(session, Path(file).expanduser() if file else save_edits, console)
                 case "quit", "":
                     if session.saved or _is_sure(session):
                         return
                 case _:
                     _edit(session, line, context, console)
-        except (DatasetError, HostError, EditsError, ContextError, EditFailed, OSError) as error:
+        except (DatasetError, HostError, EditsError, ContextError, EditFailed, OSError, ValueError) as error:
             console.print(f"{error}", style="red")
         except (KeyboardInterrupt, EOFError):
             console.print("\nstopped; list shows the edits that the model has")

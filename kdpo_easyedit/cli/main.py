@@ -67,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__module__.partition(".")[0] == "kdpo_easyedit" or isinstance(error, ImportError):
             print(f"{program}: {error}", file=sys.stderr)
             return 2
+        if isinstance(error, OSError) and error.filename is not None:
+            print(f"{program}: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
         raise
 
 

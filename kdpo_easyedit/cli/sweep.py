@@ -64,7 +64,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     check_devices(plan, here=runs_here(options.address))
     started = time.perf_counter()
     with opened(plan, options.metrics_save_dir) as sweep, connect(options.address, sweep.folder, options.collect) as workers:
-        shutil.copyfile(options.sweep, sweep.folder / "sweep.yaml")
+        if not (copy := sweep.folder / "sweep.yaml").exists() or not copy.samefile(options.sweep):
+            shutil.copyfile(options.sweep, copy)
         table = Live(sweep)
         errors = Console(stderr=True, markup=False, highlight=False)
         with live.Live(get_renderable=table.__rich__, console=errors, refresh_per_second=1, transient=True) as shown:

@@ -37,7 +37,10 @@ def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, 
     if config.get("alg_name") != algorithm:
         raise HParamsError(f"{path}: alg_name is {config.get('alg_name')!r}; allowed for {method}: {algorithm!r}")
     if cls is KDPOHyperParams:
-        return KDPOHyperParams.from_hparams(path, overrides)
+        hparams = KDPOHyperParams.from_hparams(path, overrides)
+        if method == "KDPO+C" and not hparams.mom2_adjustment:
+            raise HParamsError(f"{path}: mom2_adjustment is false; KDPO+C is KDPO with mom2_adjustment: true")
+        return hparams
     config |= overrides or {}
     dtype = config.pop("dtype", None)  # a key of ours, in every method's YAML
     config = submodule("util.hparams").HyperParams.construct_float_from_scientific_notation(config)
@@ -50,11 +53,28 @@ def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, 
         left_out = [f.name for f in fields(cls) if f.name in _follow_from_family(algorithm) and f.name not in config]
         config |= dict.fromkeys(left_out)
         check_keys(cls, config)
+        _check_values(cls, config)
         hparams = cls(**config)
         set_dtype(hparams, dtype)
     except HParamsError as error:
         raise HParamsError(f"{path}: {error}") from None
     return hparams
+
+
+def _check_values(cls: type, config: Mapping[str, Any]) -> None:
+    """Whether layers are such, and numbers where EasyEdit's annotations have some.
+
+    Raises:
+        HParamsError: one is not.
+    """
+    layers = config.get("layers")
+    if layers is not None and not (isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)):
+        raise HParamsError(f"layers is {layers!r}; allowed: a list of layer numbers, counted from 0")
+    for f in fields(cls):
+        value = config.get(f.name)
+        # EasyEdit's annotations say int where its YAMLs have fractions, and that of a device, which may be text.
+        if f.type in (int, float, "int", "float") and f.name != "device" and not isinstance(value, int | float | None):
+            raise HParamsError(f"{f.name} is {value!r}; allowed: a number")
 
 
 def run_as(hparams: Any, device: str | None, dtype: str | None) -> None:
@@ -104,6 +124,9 @@ def filled_in(hparams: Any, model: Any) -> Any:
     """
     if isinstance(hparams, KDPOHyperParams):
         return hparams.for_model(model)
+    depth = model.config.get_text_config().num_hidden_layers
+    if too_far := [layer for layer in getattr(hparams, "layers", None) or [] if layer >= depth]:
+        raise HParamsError(f"layers holds {too_far[0]}; allowed: 0 to {depth - 1}, the layers of this model")
     hparams = copy.copy(hparams)
     missing = [key for key in _MODULES if getattr(hparams, key, "") is None]
     if not missing:

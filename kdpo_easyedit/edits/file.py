@@ -422,8 +422,11 @@ def _tensors(changes: Mapping[str, Changes]) -> dict[str, Tensor]:
 
 
 def _write(path: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    with whole(Path(path)) as unfinished:
-        save_file(tensors, unfinished, {_HEADER: json.dumps(header, default=str, ensure_ascii=False)})
+    try:
+        with whole(Path(path)) as unfinished:
+            save_file(tensors, unfinished, {_HEADER: json.dumps(header, default=str, ensure_ascii=False)})
+    except SafetensorError as error:  # which is no OSError, whatever the system said
+        raise EditsError(f"{path}: cannot be written: {error}") from None
 
 
 @contextmanager

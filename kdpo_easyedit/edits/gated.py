@@ -65,11 +65,17 @@ def read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            columns = [column.strip().lower() for column in reader.fieldnames or []]
-            rows = [dict(zip(columns, [text or "" for text in row.values()])) for row in reader]
+            reader = csv.reader(file)
+            columns = [column.strip().lower() for column in next(reader, [])]
+            lines = [(reader.line_num, cells) for cells in reader if cells]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise EditsError(f"{path}: cannot be read as CSV in UTF-8: {error}") from None
+    if twice := next((column for column in columns if column and columns.count(column) > 1), None):
+        raise EditsError(f"{path}: the column {twice!r} is there twice; give each a name of its own, as {twice} 1, {twice} 2")
+    for line, cells in lines:
+        if len(cells) > len(columns):
+            raise EditsError(f"{path}: line {line} has more cells than the header; quote those with a comma in them")
+    rows = [dict(zip(columns, cells + [""] * (len(columns) - len(cells)))) for _, cells in lines]
     for column in needed:
         if column not in columns:
             raise EditsError(f"{path}: there is no column {column!r}; there are {', '.join(columns) or 'none'}")
@@ -123,6 +129,8 @@ class GatedList:
         if found["settings"] != self.settings:
             raise EditsError(f"{self.report} is of another list, condition or method; name another file with --save_edits")
         self.rows = found["rows"]
+        if self.is_complete and self._kept() and not self.file.exists():
+            raise EditsError(f"{self.file} is gone, and {self.report} says it is done; remove that too to make the edits again")
         # The report is written first: an edit that is in it alone was about to be kept, and is made again.
         saved = len(read_header(self.file)["requests"]) if self.file.exists() else 0
         if len(self._kept()) > saved and not self.is_complete:

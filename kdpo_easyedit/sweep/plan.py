@@ -162,13 +162,20 @@ def _plan(config: Mapping[str, Any], folder: Path, device: str | None) -> Plan:
         raise SweepError(f"orders is {orders}, and single edits have no order; add sequential to protocols")
     overrides = _overrides(config.get("overrides"), methods)
     ways = [(protocol, order) for protocol in protocols for order in (orders if protocol == SEQUENTIAL else [1])]
-    sizes = _list(config, "sizes", _size, [None])
+    sizes = _list(config, "sizes", _size, ["all"])
     seeds = _list(config, "seeds", _whole, [0])
     cells = [
         Cell(model, method, its_data, protocol, size, seed, order, changes)
         for model, its_data, size, seed, (protocol, order), method in product(models, data, sizes, seeds, ways, methods)
         for changes in overrides[method]
     ]
+    named: dict[str, Cell] = {}
+    for cell in cells:
+        if (other := named.setdefault(cell.name, cell)) is not cell:
+            raise SweepError(
+                f"data names {other.data!r} and {cell.data!r}, whose runs would share the folder {cell.name}; "
+                "give them names that differ in ASCII letters or digits"
+            )
     plan.cells = _without(cells, config.get("exclude"))
     if not plan.cells:
         raise SweepError("exclude leaves no cell; name fewer")
