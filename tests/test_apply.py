@@ -200,7 +200,7 @@ def test_a_list_that_cannot_be_made_is_told_before_the_model_is_loaded(folder, c
         assert message in error(*arguments(folder))
     (folder / "list.csv").write_bytes(b"prompt,answer\n\xff,b\n")
     assert "cannot be read as CSV in UTF-8" in error(*arguments(folder))
-    (folder / "list.csv").write_text("prompt,answer\na,b\n")
+    (folder / "list.csv").write_text("prompt,answer\na,b,,\n")  # as spreadsheets end a line
     assert "whose folder is not there or cannot be written" in error(
         *arguments(folder, "--save_edits", str(folder / "no" / "x"))
     )

@@ -73,7 +73,7 @@ def read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     if twice := next((column for column in columns if column and columns.count(column) > 1), None):
         raise EditsError(f"{path}: the column {twice!r} is there twice; give each a name of its own, as {twice} 1, {twice} 2")
     for line, cells in lines:
-        if len(cells) > len(columns):
+        if any(cells[len(columns) :]):  # empty ones are a spreadsheet's
             raise EditsError(f"{path}: line {line} has more cells than the header; quote those with a comma in them")
     rows = [dict(zip(columns, cells + [""] * (len(columns) - len(cells)))) for _, cells in lines]
     for column in needed:

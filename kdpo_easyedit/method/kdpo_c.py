@@ -364,7 +364,7 @@ def protect_keys(model: Any, tok: Any, hparams: KDPOHyperParams, protected: Mapp
     usages(model, tok, hparams)
     ordinary = _KNOWN[model].ordinary
     # In the model's order, lowest layer first, whatever order a file has given them in: steps go by it.
-    remember(model, {name: replace(usage, protected=protected[name]) for name, usage in ordinary.items()})
+    remember(model, {n: replace(usage, protected=protected[n]) for n, usage in ordinary.items() if n in protected})
 
 
 @once
