@@ -17,6 +17,7 @@ from conftest import ROOT, on_main, real
 from kdpo_easyedit.bench import protocols
 from kdpo_easyedit.bench.facts import FILES
 from kdpo_easyedit.cli.main import main
+from kdpo_easyedit.method.config import HPARAMS_DIR
 from kdpo_easyedit.models.packed import wikipedia_openings
 
 
@@ -183,6 +184,32 @@ def test_an_edit_by_hand_is_shown_and_kept_where_asked_and_nowhere_else(small_wo
     (after,) = re.findall(r"^  KDPO +(.*\S)", done.stdout, re.M)
     assert before.startswith(record["ground_truth"][0]) and after.startswith(record["target_new"])
     assert "the target is said" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_where_no_edit_can_be_made_the_status_says_so(small_world, tmp_path, monkeypatch, capsys):
+    """Here for a value that only ROME itself looks at; the run is complete, and its report says why."""
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load((HPARAMS_DIR / "ROME" / "world.yaml").read_text()) | {"fact_token": "subject_lst"}
+    (tmp_path / "rome.yaml").write_text(yaml.safe_dump(settings))
+    arguments = [
+        "--editing_method",
+        "ROME",
+        "--hparams_dir",
+        "rome.yaml",
+        "--data_dir",
+        str(small_world.edits),
+        "--ds_size",
+        "1",
+    ]
+    assert main([*arguments, "--no_fluency", "--quiet"]) == 1
+    assert "1 of 1 edits could not be made" in capsys.readouterr().out
+
+
+def test_a_folder_is_no_file_to_save_edits_in(small_world, small_yaml, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["--hparams_dir", str(small_yaml), "--data_dir", str(small_world.edits), "--ds_size", "1", "--quiet"]
+    assert main([*given, "--editing_method", "KDPO", "--sequential_edit", "--save_edits", str(tmp_path)]) == 2
+    assert "which is a folder; name a file in it" in capsys.readouterr().err
 
 
 def test_the_ablation_is_one_command_and_one_table(small_world, small_yaml, tmp_path, monkeypatch, capsys):
