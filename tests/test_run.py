@@ -191,17 +191,8 @@ def test_where_no_edit_can_be_made_the_status_says_so(small_world, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     settings = yaml.safe_load((HPARAMS_DIR / "ROME" / "world.yaml").read_text()) | {"fact_token": "subject_lst"}
     (tmp_path / "rome.yaml").write_text(yaml.safe_dump(settings))
-    arguments = [
-        "--editing_method",
-        "ROME",
-        "--hparams_dir",
-        "rome.yaml",
-        "--data_dir",
-        str(small_world.edits),
-        "--ds_size",
-        "1",
-    ]
-    assert main([*arguments, "--no_fluency", "--quiet"]) == 1
+    data = ["--data_dir", str(small_world.edits), "--ds_size", "1", "--no_fluency", "--quiet"]
+    assert main(["--editing_method", "ROME", "--hparams_dir", "rome.yaml", *data]) == 1
     assert "1 of 1 edits could not be made" in capsys.readouterr().out
 
 

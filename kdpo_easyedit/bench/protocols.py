@@ -36,7 +36,7 @@ from ..easyedit.measuring import own_summary
 from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
 from ..edits.factors import Factors, from_tensors, to_tensors
-from ..edits.file import one_by_one
+from ..edits.file import check_place, one_by_one
 from ..method import kdpo_c
 from ..method.config import HParamsError, KDPOHyperParams
 from ..method.kdpo import EditTrace, note_unedited
@@ -290,6 +290,7 @@ def check(
 
     Raises:
         HostError: it cannot.
+        EditsError: there is no place for ``save_edits``.
     """
     names = [method.name for method in methods]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -300,10 +301,8 @@ def check(
             raise host.HostError(f"save_edits and save_model keep changed weights, and {method.name} changes none")
     if (save_edits or save_model) and (len(methods) != 1 or SEQUENTIAL not in protocols):
         raise host.HostError("save_edits and save_model keep the sequential edits of one method; name one method")
-    if save_edits and not save_edits.absolute().parent.is_dir():
-        raise host.HostError(f"save_edits is {str(save_edits)!r}, whose folder is not there; make it first")
-    if save_edits and save_edits.is_dir():
-        raise host.HostError(f"save_edits is {str(save_edits)!r}, which is a folder; name a file in it")
+    if save_edits:
+        check_place(save_edits)
     if save_model and save_model.exists():
         raise host.HostError(f"save_model is {str(save_model)!r}, which is there already; name a new folder")
     wanted = [loading(method.hparams) for method in methods]
@@ -548,8 +547,8 @@ def _edit_in_sequence(
         edited = timed_edit(editor, editor.model, before[0].requested_rewrite, seed).model
     elif weights:
         originals = {key: weight.clone() for key, weight in read(editor.model, weights).items()}
-    if editor.hparams.alg_name == "KDPO":
-        note_unedited(editor.model, editor.tok, editor.hparams)
+        if editor.hparams.alg_name == "KDPO":
+            note_unedited(editor.model, editor.tok, editor.hparams)
     try:
         write(edited, weights)
         algorithms.set_memory(notes.get("contexts", {}), remembered)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     transformers_logging.disable_progress_bar()
     from ..edits import EditsError
+    from ..edits.file import check_place
     from ..edits.gate import Gate
     from ..edits.gated import MEASURES, GatedList, read_list, read_rows
 
@@ -63,8 +63,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if gate.needs_regression and not prompts:
         raise EditsError(f"keep_if is {gate.text!r}, which is measured on prompts; name a file of them with --regression")
     file = options.save_edits or options.list.with_suffix(".safetensors")
-    if not os.access(file.absolute().parent, os.W_OK):
-        raise EditsError(f"save_edits is {str(file)!r}, whose folder is not there or cannot be written; name another file")
+    check_place(file)
     model, tok, hparams = _loaded(options)
     work = GatedList(file, model, tok, hparams, gate, edits, prompts, options.context)
     for _ in tqdm(work.go_on(), total=len(edits), initial=len(work.rows), unit="edit", disable=options.quiet):

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -64,8 +65,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     check_devices(plan, here=runs_here(options.address))
     started = time.perf_counter()
     with opened(plan, options.metrics_save_dir) as sweep, connect(options.address, sweep.folder, options.collect) as workers:
-        if not (copy := sweep.folder / "sweep.yaml").exists() or not copy.samefile(options.sweep):
-            shutil.copyfile(options.sweep, copy)
+        with suppress(shutil.SameFileError):  # of a sweep that is called again by its own copy
+            shutil.copyfile(options.sweep, sweep.folder / "sweep.yaml")
         table = Live(sweep)
         errors = Console(stderr=True, markup=False, highlight=False)
         with live.Live(get_renderable=table.__rich__, console=errors, refresh_per_second=1, transient=True) as shown:

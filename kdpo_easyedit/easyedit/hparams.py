@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..method.config import HParamsError, KDPOHyperParams, check_keys, find_hparams, loading_dtype, read_yaml
+from ..method.config import HParamsError, KDPOHyperParams, are_layers, check_keys, find_hparams, loading_dtype, read_yaml
 from ..method.families import family_of, output_layer_of
 from .host import IS_RELEASE, HostError, submodule
 from .methods import RELEASE_BEHAVIOUR, hyper_params_class
@@ -68,7 +68,7 @@ def _check_values(cls: type, config: Mapping[str, Any]) -> None:
         HParamsError: one is not.
     """
     layers = config.get("layers")
-    if layers is not None and not (isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)):
+    if layers is not None and not are_layers(layers):
         raise HParamsError(f"layers is {layers!r}; allowed: a list of layer numbers, counted from 0")
     for f in fields(cls):
         value = config.get(f.name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -102,6 +103,18 @@ def save_edits(
     else:
         tensors = _tensors(_checked(changes, originals, edited, len(requests)))
     _write(path, header, tensors)
+
+
+def check_place(path: Path) -> None:
+    """Whether a file of edits can be written there, before any edit is made.
+
+    Raises:
+        EditsError: it cannot.
+    """
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise EditsError(f"save_edits is {str(path)!r}, whose folder is not there or cannot be written; name another file")
+    if path.is_dir():
+        raise EditsError(f"save_edits is {str(path)!r}, which is a folder; name a file in it")
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

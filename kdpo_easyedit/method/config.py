@@ -177,9 +177,13 @@ def _template(value: Any) -> str | None:
     return value
 
 
+def are_layers(value: Any) -> bool:
+    """Whether a value is a list of layer numbers, counted from 0."""
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
 def _layers(value: Any) -> list[int]:
-    whole = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
-    if not whole or not value or len(set(value)) != len(value):
+    if not are_layers(value) or not value or len(set(value)) != len(value):
         raise ValueError("a list of different layer numbers, counted from 0")
     return value
 
