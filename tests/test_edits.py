@@ -168,6 +168,21 @@ def test_files_of_something_else_are_refused(tmp_path, loaded):
             apply_edits(loaded[0], tmp_path / name)
 
 
+@pytest.mark.parametrize("kept", ["file", "one_by_one"])
+def test_a_file_in_which_a_bit_has_flipped_is_refused(kept, fresh, request):
+    path = request.getfixturevalue(kept)
+    path = path if kept == "file" else path[0]
+    model, _ = fresh
+    revert_edits(model, path)
+    before, sound = state(model), path.read_bytes()
+    path.write_bytes(sound[:-100] + bytes([sound[-100] ^ 1]) + sound[-99:])
+    with pytest.raises(EditsError, match="not those that were written"):
+        apply_edits(model, path)
+    assert same_state(before, state(model))
+    path.write_bytes(sound)
+    apply_edits(model, path)
+
+
 def test_a_file_is_written_whole_or_not_at_all(fresh, tmp_path, monkeypatch):
     model, _ = fresh
     originals = {W: model.get_parameter(W).detach().clone()}

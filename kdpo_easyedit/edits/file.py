@@ -8,6 +8,7 @@ makes, and how.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -435,11 +436,18 @@ def _tensors(changes: Mapping[str, Changes]) -> dict[str, Tensor]:
 
 
 def _write(path: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    header["tensors"] = _digest(tensors)
     try:
         with whole(Path(path)) as unfinished:
             save_file(tensors, unfinished, {_HEADER: json.dumps(header, default=str, ensure_ascii=False)})
     except SafetensorError as error:  # which is no OSError, whatever the system said
         raise EditsError(f"{path}: cannot be written: {error}") from None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of what a file holds beside its header."""
+    each = [f"{name} {tensor.dtype} {fingerprint(tensor)}" for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
 @contextmanager
@@ -465,9 +473,11 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def _load(path: str | Path) -> _Edits:
     with _opened(path) as (file, header):
-        if header.get("format", 1) == 1:
-            return _Edits(path, header, {name: file.get_tensor(name) for name in header["weights"]}, {})
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if header.get("tensors", digest := _digest(tensors)) != digest:  # older files have none
+            raise EditsError(f"{path}: its numbers are not those that were written; take another copy of the file")
+        if header.get("format", 1) == 1:
+            return _Edits(path, header, {name: tensors[name] for name in header["weights"]}, {})
         of_each = from_tensors(tensors, header["weights"], len(header["requests"]))
         return _Edits(path, header, {}, {name: _changes(name, of_each, tensors) for name in header["weights"]})
 
