@@ -196,6 +196,19 @@ def test_a_cell_that_cannot_be_run_leaves_the_others(tmp_path, monkeypatch, caps
     assert "2 of 2 runs are done, 1 loads of a model for 1 cells" in capsys.readouterr().out
 
 
+def test_a_cell_of_which_no_edit_can_be_made_is_told(tmp_path, monkeypatch, capsys):
+    """Called again too, when there is nothing to do."""
+    monkeypatch.chdir(tmp_path)
+    path = write(
+        tmp_path, models="world", methods=["KDPO"], protocols="single", sizes=1, no_fluency=True,
+        overrides={"KDPO": {"lr": [1e-3, 1e38]}},
+    )  # fmt: skip
+    for _ in range(2):
+        assert main(["sweep", str(path), "--quiet", *LOCAL]) == 1
+        printed = capsys.readouterr().out
+        assert printed.count("no edit could be made") == 1 and "lr=1e+38; " in printed and "2 of 2 runs are done" in printed
+
+
 def test_second_moments_are_taken_once_a_layer_and_kept_in_the_sweeps_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("\n".join(f"Person {n} works as a painter in the city." for n in range(30)))

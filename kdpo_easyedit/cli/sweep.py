@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Show the plan, or run it; 1 where a cell failed."""
+    """Show the plan, or run it; 1 where a cell failed, or none of its edits could be made."""
     from rich import live
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -52,6 +52,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from ..sweep.run import opened, refusals
     from ..sweep.run import run as run_sweep
     from ..sweep.tasks import connect, runs_here
+    from ..sweep.work import read_summary
 
     transformers_logging.disable_progress_bar()
     console = Console(markup=False, highlight=False)
@@ -80,14 +81,17 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                     took = f" in {event.seconds:.1f} s" if event.state == "done" else f" by {event.where}"
                     loaded = ", of which a model was loaded" if event.loads else ""
                     errors.print(f"{event.task.name}: {event.state}{took}{loaded}", soft_wrap=True)
-    states = [cell.state for cell in sweep.cells.values()]
     failed = [cell for cell in sweep.cells.values() if cell.state == "failed"]
     for cell in failed:
         console.print(f"failed: {cell.name}\n{cell.error}", soft_wrap=True)
+    done = [cell for cell in sweep.cells.values() if cell.state == "done"]
+    empty = [cell for cell in done if any(row.failed == row.n_edits for row in read_summary(sweep.folder / cell.folder))]
+    for cell in empty:
+        console.print(f"no edit could be made: {cell.name}; {sweep.folder / cell.folder}/report.html says why", soft_wrap=True)
     loads = f", {sweep.loads} loads of a model for {sweep.ended} cells" if sweep.ended else ""
     console.print(
-        f"{states.count('done')} of {len(states)} runs are done{loads}; {time.perf_counter() - started:.0f} s; "
+        f"{len(done)} of {len(sweep.cells)} runs are done{loads}; {time.perf_counter() - started:.0f} s; "
         f"everything is in {options.metrics_save_dir}",
         soft_wrap=True,
     )
-    return 1 if failed else 0
+    return 1 if failed or empty else 0
