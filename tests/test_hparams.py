@@ -254,6 +254,7 @@ def test_other_methods_yamls_are_checked_too(tmp_path):
         (good | {"layers": 0}, "layers is 0; allowed: a list of layer numbers"),
         (good | {"layers": [-1]}, r"layers is \[-1\]; allowed: a list of layer numbers"),
         (good | {"v_num_grad_steps": "ten"}, "v_num_grad_steps is 'ten'; allowed: a number"),
+        (good | {"fact_token": "subject_lst"}, "fact_token is 'subject_lst'; allowed: last, subject_first, subject_last, "),
     ):
         with pytest.raises(HParamsError, match=message):
             load_hparams("ROME", written(tmp_path, config))
@@ -265,11 +266,15 @@ def test_a_layer_that_the_model_does_not_have_is_named_of_other_methods_too(tmp_
         filled_in(load_hparams("ROME", written(tmp_path, good | {"layers": [9]})), loaded[0])
 
 
-def test_plain_kdpo_is_not_called_kdpo_c(tmp_path, config):
+def test_no_method_goes_by_the_name_of_another(tmp_path, config):
     path = written(tmp_path, config)
     assert not load_hparams("KDPO", path).mom2_adjustment
     with pytest.raises(HParamsError, match="mom2_adjustment is false; KDPO\\+C is KDPO with mom2_adjustment: true"):
         load_hparams("KDPO+C", path)
+    with pytest.raises(HParamsError, match="mom2_adjustment is true, which makes it another method; name it KDPO\\+C"):
+        load_hparams("KDPO", HPARAMS_DIR / "KDPO+C" / "world.yaml")
+    with pytest.raises(HParamsError, match="objective_optimization is 'prompt_last'; FT-M is FT with 'target_new'"):
+        load_hparams("FT-M", HPARAMS_DIR / "FT" / "world.yaml")
 
 
 def test_a_method_that_cannot_be_compared_is_refused(tmp_path, config):

@@ -17,7 +17,6 @@ from conftest import ROOT, on_main, real
 from kdpo_easyedit.bench import protocols
 from kdpo_easyedit.bench.facts import FILES
 from kdpo_easyedit.cli.main import main
-from kdpo_easyedit.method.config import HPARAMS_DIR
 from kdpo_easyedit.models.packed import wikipedia_openings
 
 
@@ -186,13 +185,13 @@ def test_an_edit_by_hand_is_shown_and_kept_where_asked_and_nowhere_else(small_wo
     assert "the target is said" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_where_no_edit_can_be_made_the_status_says_so(small_world, tmp_path, monkeypatch, capsys):
-    """Here for a value that only ROME itself looks at; the run is complete, and its report says why."""
+def test_where_no_edit_can_be_made_the_status_says_so(small_world, small_yaml, tmp_path, monkeypatch, capsys):
+    """Here for a step that leads to no numbers; the run is complete, and its report says why."""
     monkeypatch.chdir(tmp_path)
-    settings = yaml.safe_load((HPARAMS_DIR / "ROME" / "world.yaml").read_text()) | {"fact_token": "subject_lst"}
-    (tmp_path / "rome.yaml").write_text(yaml.safe_dump(settings))
+    settings = yaml.safe_load(small_yaml.read_text()) | {"lr": 1e38}
+    (tmp_path / "kdpo.yaml").write_text(yaml.safe_dump(settings))
     data = ["--data_dir", str(small_world.edits), "--ds_size", "1", "--no_fluency", "--quiet"]
-    assert main(["--editing_method", "ROME", "--hparams_dir", "rome.yaml", *data]) == 1
+    assert main(["--editing_method", "KDPO", "--hparams_dir", "kdpo.yaml", *data]) == 1
     assert "1 of 1 edits could not be made" in capsys.readouterr().out
 
 

@@ -16,6 +16,8 @@ from .methods import RELEASE_BEHAVIOUR, hyper_params_class
 # Fine-tuning goes by two names in the field: FT-L (objective_optimization: prompt_last), which is what both EasyEdits have
 # and call FT, and FT-M (target_new). Both are the algorithm FT.
 _ALGORITHMS = {"FT-L": "FT", "FT-M": "FT", "KDPO+C": "KDPO"}
+_OBJECTIVES = {"FT-L": "prompt_last", "FT-M": "target_new"}
+_FACT_TOKENS = ("last", "subject_first", "subject_last", "subject_first_after_last")
 
 
 def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -40,8 +42,15 @@ def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, 
         hparams = KDPOHyperParams.from_hparams(path, overrides)
         if method == "KDPO+C" and not hparams.mom2_adjustment:
             raise HParamsError(f"{path}: mom2_adjustment is false; KDPO+C is KDPO with mom2_adjustment: true")
+        if method == "KDPO" and hparams.mom2_adjustment:
+            raise HParamsError(f"{path}: mom2_adjustment is true, which makes it another method; name it KDPO+C")
         return hparams
     config |= overrides or {}
+    objective = _OBJECTIVES.get(method)
+    if objective and config.get("objective_optimization", objective) != objective:
+        raise HParamsError(
+            f"{path}: objective_optimization is {config['objective_optimization']!r}; {method} is FT with {objective!r}"
+        )
     dtype = config.pop("dtype", None)  # a key of ours, in every method's YAML
     config = submodule("util.hparams").HyperParams.construct_float_from_scientific_notation(config)
     margins = config.get("act_margin")
@@ -62,7 +71,7 @@ def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, 
 
 
 def _check_values(cls: type, config: Mapping[str, Any]) -> None:
-    """Whether layers are such, and numbers where EasyEdit's annotations have some.
+    """Whether layers and a fact_token are such, and numbers where EasyEdit's annotations have some.
 
     Raises:
         HParamsError: one is not.
@@ -70,6 +79,8 @@ def _check_values(cls: type, config: Mapping[str, Any]) -> None:
     layers = config.get("layers")
     if layers is not None and not are_layers(layers):
         raise HParamsError(f"layers is {layers!r}; allowed: a list of layer numbers, counted from 0")
+    if config.get("fact_token", "last") not in _FACT_TOKENS:
+        raise HParamsError(f"fact_token is {config['fact_token']!r}; allowed: {', '.join(_FACT_TOKENS)}")
     for f in fields(cls):
         value = config.get(f.name)
         # EasyEdit's annotations say int where its YAMLs have fractions, and that of a device, which may be text.
