@@ -14,6 +14,8 @@ not hold. What is kept becomes one file of edits; a table says of each edit why.
 The exit status is 0 where all edits were kept, and 1 where some were not.
 """
 KEEP_IF = "success"
+# Of the measures with long names.
+HEADINGS = {"as_plain": "as\nplain", "rephrased": "re-\nphrased", "perplexity": "perplex-\nity"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Make them, and say what became of each."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
@@ -70,7 +73,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         pass
 
     measures = [key for key in MEASURES if key == "success" or any(row[key] is not None for row in work.rows)]
-    table = Table("", "edit", "kept", *(key.replace("_", " ") for key in measures), "in the end")
+    table = Table("", "edit", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("kept", *(HEADINGS.get(key, key) for key in measures), "in the\nend"):
+        table.add_column(heading, no_wrap=True)  # where there is little room, the edit wraps
     for number, row in enumerate(work.rows, 1):
         edit, kept = f"{row['request']['prompt']:.60} → {row['request']['target_new']}", "yes" if row["kept"] else "no"
         shown = ["" if row[key] is None else f"{row[key]:.3g}" for key in measures]
