@@ -129,6 +129,11 @@ class Summary:
     tokens_per_second: float | None = None
     further: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def none_made(self) -> bool:
+        """Whether none of the edits could be made."""
+        return self.failed == self.n_edits
+
 
 @dataclass(frozen=True)
 class PairedTest:

@@ -274,7 +274,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     console.print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}\nthe report: {page}", soft_wrap=True)
     if complete:
         console.print(f"{folder} held this run, complete: these are its figures; --overwrite makes it again")
-    return 1 if any(row.failed == row.n_edits for row in comparison.rows) else 0
+    return 1 if any(row.none_made for row in comparison.rows) else 0
 
 
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -85,7 +85,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for cell in failed:
         console.print(f"failed: {cell.name}\n{cell.error}", soft_wrap=True)
     done = [cell for cell in sweep.cells.values() if cell.state == "done"]
-    empty = [cell for cell in done if any(row.failed == row.n_edits for row in read_summary(sweep.folder / cell.folder))]
+    empty = [cell for cell in done if any(row.none_made for row in read_summary(sweep.folder / cell.folder))]
     for cell in empty:
         console.print(f"no edit could be made: {cell.name}; {sweep.folder / cell.folder}/report.html says why", soft_wrap=True)
     loads = f", {sweep.loads} loads of a model for {sweep.ended} cells" if sweep.ended else ""

@@ -187,7 +187,7 @@ def run_trial(place: Place, work: _Work) -> dict[str, Any]:
             loaded=model,
             before=place.root / work.before,
         )
-        failed = [row for row in comparison.rows if row.failed == row.n_edits]
+        failed = [row for row in comparison.rows if row.none_made]
         if failed:
             raise ArithmeticError(f"none of the {failed[0].protocol} edits could be made")
         score(comparison.rows, comparison.before.perplexity)
