@@ -52,6 +52,10 @@ def test_locality_and_perplexity_are_the_models_own(fresh, requests, hparams):
     prompts = [request["prompt"] for request in requests[5:8]]
     regression = Regression(model, tok, prompts)
     assert regression.measure(model) == {"locality": 1.0, "perplexity": 1.0}
+    model.generation_config.repetition_penalty = 1.5  # a model's own settings for writing are no matter
+    assert Regression(model, tok, prompts).measure(model) == {"locality": 1.0, "perplexity": 1.0}
+    with pytest.raises(EditsError, match="a regression prompt has 6001 tokens, which leave no room"):
+        Regression(model, tok, ["word " * 2000])
     losses, said, answered = [], 0, 0
     apply_kdpo_to_model(model, tok, requests[:1], hparams)
     for written, start in regression.texts:
@@ -129,6 +133,30 @@ def test_what_the_gate_does_not_let_through_is_taken_back(folder, fresh, capsys)
     assert len(read_header(folder / "list.safetensors")["requests"]) == len(kept)
     apply_edits(model, folder / "list.safetensors")
     assert regression.measure(model) == {key: pytest.approx(kept[-1][key]) for key in ("locality", "perplexity")}
+
+
+def test_a_rephrasing_without_room_and_ctrl_c_leave_the_model_as_it_was(tmp_path, fresh, requests, aware, monkeypatch):
+    model, tok = fresh
+    before = state(model)
+
+    def made(rephrasing: str) -> gated.GatedList:
+        edit = {"request": requests[0], "rephrasings": [rephrasing]}
+        return gated.GatedList(tmp_path / "list", model, tok, aware, Gate.parse("success"), [edit])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gated, "says", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(made("Who?").go_on())
+    assert same_state(before, state(model)) and not (tmp_path / "list.json").exists()
+    (row,) = made("word " * 2000).go_on()
+    assert not row["kept"] and "the model takes" in row["why"] and same_state(before, state(model))
+    for report in ("{", "[]", "{}"):
+        (tmp_path / "list.json").write_text(report)
+        with pytest.raises(EditsError, match=r"list.json is there already, and is no list's"):
+            made("Who?")
 
 
 @pytest.mark.parametrize("at", ["an edit", "the file"])

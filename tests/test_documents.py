@@ -101,7 +101,7 @@ class TestInABrowser:
         done = subprocess.run(
             [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
              "--enable-logging=stderr", f"--user-data-dir={file.parent / 'profile'}", "--dump-dom", file.as_uri() + fragment],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr  # no script fails, and no policy is broken
         return done.stdout
@@ -175,6 +175,14 @@ def test_several_runs_are_one_report(make, run, requests, tmp_path):
     content = data_of((tmp_path / "report" / "report.html").read_text())
     assert [result["data"] for result in content["results"]] == ["edits.json", "more.json"]
     write_documents([one], tmp_path / "report")  # a report may be made anew
+
+
+def test_the_unedited_models_perplexity_is_there_in_any_order(make, requests):
+    text = {"ability_texts": ["The harbour lies in the north.", "Its boats come home at night."]}
+    runs = make("one", ["KDPO"], **text), make("all", ["FT"], protocols=[SEQUENTIAL], **text)
+    for folders in (runs, runs[::-1]):
+        (result,) = read_results(folders)
+        assert result.comparison.before.perplexity > 1
 
 
 def test_what_was_measured_differently_is_not_put_side_by_side(make, requests, copied, tmp_path):

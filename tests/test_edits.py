@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,15 @@ def test_the_header_tells_what_it_is(file, fresh, requests, hparams):
     assert header["requests"] == [{key: requests[0][key] for key in ("prompt", "target_new", "subject")}]
     assert header["hparams"]["lr"] == hparams.lr and header["versions"]["torch"] == torch.__version__
     assert list(header["weights"]) == [W] == list(load_file(file))
+
+
+def test_a_model_that_is_handed_over_is_named_and_not_copied(fresh, requests, hparams, tmp_path, monkeypatch):
+    model, tok = fresh
+    hparams = replace(hparams, model_name=(model, tok))
+    _, originals = apply_kdpo_to_model(model, tok, requests[:1], hparams, return_orig_weights=True)
+    monkeypatch.setattr(type(model), "__deepcopy__", lambda *_: pytest.fail("the model is copied"), raising=False)
+    save_edits(tmp_path / "one", model, originals, requests[:1], hparams)
+    assert read_header(tmp_path / "one")["hparams"]["model_name"] == model.config.name_or_path
 
 
 def test_two_files_are_stacked_and_taken_off_in_reverse(file, fresh, requests, hparams, tmp_path):

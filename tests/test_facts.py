@@ -215,6 +215,16 @@ def test_edits_are_composed_alike_every_time():
     assert facts.check(made["reported"], forgetful)["edit"][0] == 0
 
 
+def test_a_models_own_settings_for_writing_are_no_matter(fresh, requests):
+    model, tok = fresh
+    prompts = [request["prompt"] for request in requests[:6]]
+    expected = facts.write(model, tok, prompts)
+    assert all(expected.values())
+    model.config.eos_token_id = model.generation_config.eos_token_id = [tok.eos_token_id, tok.eos_token_id]
+    model.generation_config.repetition_penalty = 2.0
+    assert facts.write(model, tok, prompts, batch=4) == expected
+
+
 def test_edits_of_another_model_need_a_folder(monkeypatch, capsys):
     """Else they would take the place of the package's own."""
     monkeypatch.setattr("sys.argv", ["facts", "make", "--model", "gpt2"])

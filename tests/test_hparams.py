@@ -184,6 +184,7 @@ def test_a_release_key_that_would_change_something_is_refused(tmp_path, change, 
         ({"layers": [2, 2]}, "layers is"),
         ({"layers": ["2"]}, "layers is"),
         ({"rewrite_module_tmp": "transformer.h.2"}, r"rewrite_module_tmp is .*; allowed: .*\{\}"),
+        ({"layer_module_tmp": "transformer.h.{}}"}, r"layer_module_tmp is .*; allowed: .*\{\}"),
         ({"lr": "fast"}, "lr is 'fast'; allowed: a number above 0"),
         ({"lr": 0}, "lr is 0"),
         ({"lr": True}, "lr is True"),
@@ -231,6 +232,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         ({"mlp_module_tmp": "transformer.h.{}.ffn"}, "mlp_module_tmp is .* matches nothing"),
         ({"attn_module_tmp": "transformer.h.{}.attention"}, "attn_module_tmp is .* matches nothing"),
         ({"ln_f_module": "norm"}, "ln_f_module is 'norm', which matches nothing"),
+        ({"lm_head_module": "{head}"}, "lm_head_module is '{head}', which matches nothing"),
         ({"lm_head_module": "head"}, "lm_head_module is 'head', which matches nothing"),
     ],
 )
@@ -254,6 +256,11 @@ def test_other_methods_yamls_are_checked_too(tmp_path):
         (good | {"layers": 0}, "layers is 0; allowed: a list of layer numbers"),
         (good | {"layers": [-1]}, r"layers is \[-1\]; allowed: a list of layer numbers"),
         (good | {"v_num_grad_steps": "ten"}, "v_num_grad_steps is 'ten'; allowed: a number"),
+        (good | {"mom2_dtype": "float16"}, "mom2_dtype is 'float16'; allowed: float32, float64"),
+        (
+            good | {"rewrite_module_tmp": "h.{}}.mlp"},
+            r"rewrite_module_tmp is 'h.\{\}\}.mlp'; allowed: a module's name with \{\}",
+        ),
         (good | {"fact_token": "subject_lst"}, "fact_token is 'subject_lst'; allowed: last, subject_first, subject_last, "),
     ):
         with pytest.raises(HParamsError, match=message):

@@ -89,7 +89,7 @@ class Terminal:
         )
         os.close(theirs)
 
-    def until(self, text: str, seconds: float = 120) -> str:
+    def until(self, text: str, seconds: float = 300) -> str:
         """What it prints up to a text."""
         found, end = "", time.monotonic() + seconds
         while text not in found:
@@ -138,7 +138,7 @@ def test_a_terminal_is_asked(aware, small_world, requests, tmp_path):
         terminal.say("save mine.safetensors")
         assert "1 edits are in mine.safetensors" in terminal.until("prompt> ")
         terminal.say("\x04")  # Ctrl-D
-        assert terminal.process.wait(60) == 0
+        assert terminal.process.wait(300) == 0
     finally:
         terminal.process.kill()
         os.close(terminal.ours)

@@ -93,9 +93,22 @@ def test_what_was_judged_once_is_not_asked_again(server, tmp_path):
     assert len(server.bodies) == 2
 
 
+def test_a_verdict_follows_from_the_reply_that_is_kept(server, tmp_path):
+    journal, kept = Journal(tmp_path / "judge.jsonl"), dict(zip(("prompt", "target", "answer"), ASKED))
+    journal.append({"model": "small", **kept, "verdict": False, "reply": "no, wait</think>yes"})  # as once it was judged
+    assert Judge(server.url, "small", journal).verdicts([ASKED]) == [True] and not server.bodies
+
+
 def test_a_reply_that_is_neither_yes_nor_no_is_no_verdict(server, tmp_path):
     for number, (says, verdict) in enumerate(
-        (("<think>no, or</think> yes", True), ("Perhaps", None), ("NO", False), ("It is nowhere", None))
+        (
+            ("<think>no, or</think> yes", True),
+            ("It has no country, but Oslo is right.\n</think>\n\nyes", True),  # the template has begun the thoughts
+            ("<think>There is no doubt, so", None),  # cut off
+            ("Perhaps", None),
+            ("NO", False),
+            ("It is nowhere", None),
+        )
     ):
         server.say = says
         assert Judge(server.url, "small", Journal(tmp_path / f"{number}.jsonl")).verdicts([ASKED]) == [verdict]
@@ -113,7 +126,8 @@ def test_what_passes_is_tried_again_and_what_does_not_is_told(server, tmp_path, 
 
 def test_a_run_has_the_verdicts_and_goes_on_without_them(server, kdpo, requests, tmp_path, capfd):
     def run(url):
-        comparison = compare([kdpo], requests[:3], [SINGLE, SEQUENTIAL], tmp_path, quiet=True, judge=(url, "small"))
+        judge = (url, "small") if url else None
+        comparison = compare([kdpo], requests[:3], [SINGLE, SEQUENTIAL], tmp_path, quiet=True, judge=judge)
         return comparison, capfd.readouterr().err
 
     comparison, errors = run("http://127.0.0.1:9/v1")  # nobody is there
@@ -133,7 +147,8 @@ def test_a_run_has_the_verdicts_and_goes_on_without_them(server, kdpo, requests,
     page, text, *_ = write_documents([tmp_path], tmp_path)
     assert "edit success, judged" in text.read_text() and '"judged"' in page.read_text()
     asked = len(server.bodies)
-    assert run(server.url)[0].rows == comparison.rows and len(server.bodies) == asked
+    for url in (server.url, None):  # and what is judged stays so without a judge
+        assert run(url)[0].rows == comparison.rows and len(server.bodies) == asked
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,17 @@ def test_execute_leaves_the_model_alone_and_tells_what_happened(loaded, requests
     assert trace.to_dict()["negatives"] == trace.negatives
 
 
+def test_the_layout_of_w_in_memory_is_no_matter(fresh, requests, hparams):
+    """A model that is dequantised as it is loaded can have it transposed."""
+    model, tok = fresh
+    expected, _ = execute_kdpo(model, tok, requests[0], hparams)
+    weight = model.get_parameter(W)
+    weight.data = weight.data.T.contiguous().T
+    found, trace = execute_kdpo(model, tok, requests[0], hparams)
+    assert not weight.is_contiguous() and trace.ended == "the target is said"
+    assert torch.allclose(found[W], expected[W], atol=1e-5)
+
+
 def test_what_the_model_says_already_costs_no_step(loaded, requests, hparams):
     model, tok = loaded
     known = {**requests[0], "target_new": requests[0]["ground_truth"]}

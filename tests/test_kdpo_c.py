@@ -16,7 +16,7 @@ from kdpo_easyedit import EditFailed, HParamsError, KDPOHyperParams, apply_kdpo_
 from kdpo_easyedit.easyedit.statistics import statistics_file
 from kdpo_easyedit.method import kdpo_c
 from kdpo_easyedit.method.kdpo_c import Usage
-from kdpo_easyedit.method.preference import edit_tokens, pair_margin
+from kdpo_easyedit.method.preference import edit_tokens, pair_margin, runners_up
 from kdpo_easyedit.method.statistics import Text, make, second_moment
 from kdpo_easyedit.method.weights import write
 
@@ -54,6 +54,21 @@ def test_s_is_the_dense_inverse(statistics, damping):
     keys = torch.randn(5, len(moment), generator=torch.Generator().manual_seed(0))
     expected = keys.double() @ dense(moment, damping, keys[:0].double(), 0)
     assert far_from(expected, Usage.of(moment, damping, 0.1).times(keys)) < 1e-6
+
+
+def test_edits_that_are_made_together_step_around_one_another(statistics):
+    """Each as the last of all would be, to the dense inverse."""
+    moment, generator = second_moment(statistics), torch.Generator().manual_seed(0)
+    keys = torch.randn(9, len(moment), generator=generator) * moment.diagonal().mean().sqrt()
+    earlier = torch.randn(4, len(moment), generator=generator) * moment.diagonal().mean().sqrt()
+    usage, parts = Usage.of(moment, 0.01, 0.05).protecting(earlier), [slice(0, 2), slice(2, 3), slice(3, 9)]
+    found = usage.times_around(keys, parts)
+    for part in parts:
+        others = torch.cat((earlier, keys[: part.start], keys[part.stop :])).double()
+        assert far_from(keys[part].double() @ dense(moment, 0.01, others, 0.05), found[part]) < 1e-3
+    assert torch.equal(usage.times_around(keys, [slice(0, 9)]), usage.times(keys))  # of one edit
+    alone = Usage.of(moment, 0.01, 0)
+    assert torch.equal(alone.times_around(keys, parts), alone.times(keys))
 
 
 @pytest.mark.parametrize("weight", [0.01, 0.1])
@@ -326,3 +341,23 @@ def test_where_the_subject_carries_nothing_what_follows_it_does(fresh, requests,
         _, trace = execute_kdpo(model, tok, request, aware)
         assert trace.factors[WEIGHT][0].shape[1] == rank
     assert trace.final_token_accuracy == 1
+
+
+def test_what_is_rounded_off_is_not_counted(aware, small_world, requests):
+    """What an edit tells of its lead is that of the weights that it leaves, of which bfloat16 holds less than the change."""
+    tok = AutoTokenizer.from_pretrained(small_world.folder)
+    for request in requests[:4]:
+        model = AutoModelForCausalLM.from_pretrained(small_world.folder, dtype=torch.bfloat16)
+        known, traces = {**request, "target_new": request["ground_truth"]}, []  # so that little has to change
+        far = lead(model, tok, known) + 0.2
+        settings = replace(aware, layers=[0, 1, 2, 3], margin=far, mom2_step=0.1, cycles=100, sequential_edit=False)
+        apply_kdpo_to_model(model, tok, [known], settings, traces=traces)
+        assert traces[0].lead == lead(model, tok, known)
+
+
+def lead(model, tok, request) -> float:
+    """By how much a target leads the runner-up, where it does least, by a plain forward pass."""
+    edit = edit_tokens(tok, request["prompt"], request["target_new"])
+    with torch.no_grad():
+        logits = model(edit.input_ids).logits[0, edit.prompt_length - 1 : -1]
+    return runners_up(logits, edit.targets)[1].min().item()

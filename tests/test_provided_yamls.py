@@ -8,6 +8,7 @@ import re
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -457,19 +458,22 @@ def test_what_is_done_once_is_told_apart_from_the_edit(stats_dir, tmp_path, monk
     assert once_seconds() == 0
 
 
-def test_of_what_is_done_once_inside_each_other_the_outer_counts():
+def test_of_what_is_done_once_inside_each_other_the_outer_counts(monkeypatch):
+    seconds = [5]
+    monkeypatch.setattr("kdpo_easyedit.once.time", SimpleNamespace(perf_counter=lambda: sum(seconds)))
+
     @once
     def inner() -> None:
-        time.sleep(0.02)
+        seconds.append(2)
 
     @once
     def outer() -> None:
         inner()
-        time.sleep(0.01)
+        seconds.append(1)
 
     once_seconds()
     outer()
-    assert 0.03 <= once_seconds() < 0.05
+    assert once_seconds() == 3
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -195,6 +195,15 @@ def test_where_no_edit_can_be_made_the_status_says_so(small_world, small_yaml, t
     assert "1 of 1 edits could not be made" in capsys.readouterr().out
 
 
+def test_a_folder_with_a_summary_of_something_else_is_told(small_world, small_yaml, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for content in ("# no JSON", "5"):
+        Path("summary.json").write_text(content)
+        command = ["--hparams_dir", str(small_yaml), "--data_dir", str(small_world.edits), "--ds_size", "1", "--quiet"]
+        assert main([*command, "--metrics_save_dir", "."]) == 2
+        assert "what it holds is no run" in capsys.readouterr().err and Path("summary.json").read_text() == content
+
+
 def test_a_folder_is_no_file_to_save_edits_in(small_world, small_yaml, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     given = ["--hparams_dir", str(small_yaml), "--data_dir", str(small_world.edits), "--ds_size", "1", "--quiet"]

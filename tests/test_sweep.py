@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,9 +16,12 @@ from safetensors.torch import load_file
 
 from kdpo_easyedit.bench.schema import Cell, from_json
 from kdpo_easyedit.cli.main import main
+from kdpo_easyedit.method.config import HPARAMS_DIR
+from kdpo_easyedit.sweep import run as run_module
+from kdpo_easyedit.sweep.pieces import changes, receive
 from kdpo_easyedit.sweep.plan import read_plan
 from kdpo_easyedit.sweep.run import opened, run
-from kdpo_easyedit.sweep.tasks import TRIES, Here, Place, Task
+from kdpo_easyedit.sweep.tasks import TRIES, Event, Here, Place, Task
 
 LOCAL = ["--address", "local"]
 TWO = {"models": "world", "methods": ["KDPO", "FT"], "protocols": ["single", "sequential"], "sizes": 2, "no_fluency": True}
@@ -26,6 +31,26 @@ def write(folder: Path, **content: object) -> Path:
     path = folder / "SWEEP.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+class Done:
+    """Does no task, and says that each is done."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+
+    def submit(self, *tasks: Task) -> None:
+        self.tasks += tasks
+
+    def events(self) -> Iterator[Event]:
+        for task in self.tasks:  # others come meanwhile
+            yield Event(task, "running", 1, "nowhere")
+            yield Event(task, "done", 1, "nowhere")
+
+
+def states(folder: Path) -> list[str]:
+    """Of the cells, as they are on disk."""
+    return [cell["state"] for cell in json.loads((folder / "sweep.json").read_text())]
 
 
 def assert_same(folder: Path, alone: Path, cell: Cell) -> None:
@@ -40,6 +65,35 @@ def assert_same(folder: Path, alone: Path, cell: Cell) -> None:
     if cell.protocol == "sequential":
         assert same_state(load_file(folder / weights), load_file(alone / weights))
     assert (folder / "before.jsonl").read_bytes() == (alone / "before.jsonl").read_bytes()
+
+
+def test_whatever_has_come_of_a_folder_that_is_being_written_can_be_gone_on_from(tmp_path):
+    here, there, sent = tmp_path / "here", tmp_path / "there", {}
+    here.mkdir()
+
+    def edit() -> None:
+        """As a run does: a journal's line, then weights, replaced as one."""
+        with (here / "z.jsonl").open("a") as journal:
+            journal.write("edit\n")
+        (here / "new").write_text(str(edits(here)))
+        (here / "new").replace(here / "a.safetensors")
+
+    def edits(folder: Path) -> int:
+        return len((folder / "z.jsonl").read_text().splitlines())
+
+    for report in (False, False, True):
+        edit()
+        if report:
+            (here / "report.html").write_text("complete")
+        for piece in changes(here, "", sent):
+            assert not (there / "report.html").exists()
+            receive(there, piece)
+            if (there / "a.safetensors").exists():
+                assert edits(there) >= int((there / "a.safetensors").read_text())
+            if not report:
+                edit()
+    one, other = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (here, there))
+    assert one == other
 
 
 def test_cells_are_the_product_less_what_is_excluded(tmp_path):
@@ -57,6 +111,29 @@ def test_cells_are_the_product_less_what_is_excluded(tmp_path):
     hparams = plan.hparams[cell.name]
     assert (hparams.lr, hparams.beta, hparams.model_name) == (3e-3, 0.2, "world")
     assert "world/FT_own-all_single_seed-0" in cells and not any("smollm2" in name and "all" in name for name in cells)
+
+
+def test_a_model_or_data_by_a_path_leads_out_of_no_folder(tmp_path, monkeypatch):
+    for name, place in (("world", "world"), ("mine/world", "mine/world"), ("../mine/world", "mine/world"), ("/a/../b", "a/b")):
+        assert Cell(name, "FT", "own", "single", 2, 0).folder == f"cells/{place}/FT_own-2_single_seed-0"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for method in ("FT", "KDPO+C"):
+        (tmp_path / "mine" / method).mkdir(parents=True)
+        shutil.copyfile(HPARAMS_DIR / method / "world.yaml", tmp_path / "mine" / method / "world.yaml")
+    Path("text.txt").write_text("Person 1 works as a painter in the city.")
+    edits = [{"subject": "Ann", "prompt": "Ann lives in", "target_new": "Rome"}]
+    Path("edits.json").write_text(json.dumps(edits))
+    path = write(
+        tmp_path / "here", models="../mine/world", methods=["FT", "KDPO+C"], stats_text="text.txt", data={"../it": "edits.json"}
+    )
+    workers = Done()
+    with opened(read_plan(path), Path("sweep")) as sweep:
+        list(run(sweep, workers))
+    paths = {PurePosixPath(path) for task in workers.tasks for path in (task.folder, *task.reads)}
+    assert {path.parts[0] for path in paths} == {"before", "cells", "inputs", "statistics"}
+    assert not [path for path in paths if ".." in path.parts]
+    assert PurePosixPath("statistics/mine/world") in paths and PurePosixPath("before/mine/world/..-it-all_seed-0") in paths
 
 
 @pytest.mark.parametrize(
@@ -80,8 +157,21 @@ def test_cells_are_the_product_less_what_is_excluded(tmp_path):
             {**TWO, "data": {"a/b": "SWEEP.yaml", "a-b": "SWEEP.yaml"}},
             "data names 'a/b' and 'a-b', whose runs would share the folder",
         ),
+        (
+            {**TWO, "models": ["a/world", "../a/./world"]},
+            "models names 'a/world' and '../a/./world', whose runs would share the folder a/world/KDPO_own-2_single_seed-0",
+        ),
+        (
+            {**TWO, "overrides": {"FT": {"lr": [0.001, 1e-3]}}},
+            "overrides names {'lr': 0.001} and {'lr': 0.001}, whose runs would share",
+        ),
+        ({**TWO, "data": {"mine": {"file": "SWEEP.yaml", "datatype": ["zsre"]}}}, "data.mine.datatype is ['zsre']; allowed: "),
         ({**TWO, "models": "qwen1.5-0.5b"}, "data_dir is missing"),
         ({**TWO, "num_gpus": 1.5}, "num_gpus is 1.5"),
+        ({**TWO, "num_gpus": {"wrold": 2}}, "num_gpus names 'wrold'; allowed: a model of models"),
+        ({**TWO, "num_gpus": {"world": float("nan")}}, "num_gpus is nan; allowed: a number, 0 or above"),
+        ({**TWO, "num_cpus": float("inf")}, "num_cpus is inf; allowed: a number, 1 or above"),
+        ({**TWO, "memory": "1.2.3GB"}, "memory is '1.2.3GB'; allowed: a number of bytes, or such as 40GB"),
         ({**TWO, "memory": "40 gigs"}, "memory is '40 gigs'; allowed: a number of bytes, or such as 40GB"),
         ({**TWO, "methods": ["KDPO", "MEND"]}, "MEND on world and 1 more: editing_method is 'MEND', which needs an editor"),
         ({**TWO, "overrides": {"KDPO": {"lr": -1}}}, "lr is -1; allowed: a number above 0"),
@@ -151,6 +241,41 @@ def test_a_changed_sweep_is_not_mixed_with_what_is_there(tmp_path, monkeypatch, 
     assert main(["sweep", str(write(tmp_path, **cut)), "--quiet", *LOCAL]) == 0
     (before,) = Path("sweep/before").rglob("before.jsonl")
     assert all(file.read_bytes() == before.read_bytes() for file in Path("sweep/cells").rglob("before.jsonl"))
+
+
+def test_how_the_cells_stand_is_on_disk_at_once_and_when_it_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: 0.0))  # no second passes
+    plan = read_plan(write(tmp_path, **TWO))
+    with opened(plan, tmp_path / "sweep") as sweep:
+        for _ in run(sweep, Done()):
+            assert states(tmp_path / "sweep") == [cell.state for cell in sweep.cells.values()]
+    monkeypatch.setattr(run_module, "_AT_ONCE", 0)  # as where writing takes too long
+    with pytest.raises(KeyboardInterrupt), opened(plan, tmp_path / "stopped") as sweep:
+        for event in run(sweep, Done()):
+            assert states(tmp_path / "stopped") == ["waiting"] * 4
+            if event.task.name == plan.cells[1].name:
+                raise KeyboardInterrupt
+    assert states(tmp_path / "stopped") == ["done", "running", "waiting", "waiting"]
+
+
+def test_writing_how_thousands_of_cells_stand_takes_little_of_the_time(tmp_path, monkeypatch):
+    clock, spent = SimpleNamespace(now=0.0), []
+
+    class Busy(Done):
+        def events(self) -> Iterator[Event]:
+            for _ in range(10_000):
+                clock.now += 0.05
+                yield Event(self.tasks[0], "running", 1, "nowhere")
+
+    def write_slowly(sweep: object) -> None:
+        spent.append(0.3)
+        clock.now += 0.3
+
+    with opened(read_plan(write(tmp_path, **TWO)), tmp_path / "sweep") as sweep:
+        monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+        monkeypatch.setattr(run_module, "_write", write_slowly)
+        list(run(sweep, Busy()))
+    assert 0.01 * clock.now < sum(spent) < 0.02 * clock.now + 2
 
 
 def fails(place: Place, times: int, tries: list[int]) -> str:

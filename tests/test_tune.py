@@ -113,7 +113,8 @@ def test_what_is_reported_is_never_used(tuned):
 def test_the_yaml_loads_says_what_was_tried_and_reproduces_its_figure(tuned, three, tmp_path):
     _, _, (found, _), _ = tuned
     text = found.file.read_text()
-    for words in ("for KDPO on world", "3 development edits", "3 trials", f"Score: {found.best:.2f}", "lr 1e-05 to 0.01, log"):
+    told = ("for KDPO on world", "3 development edits", "3 trials: the settings", f"Score: {found.best:.2f}")
+    for words in (*told, "lr 1e-05 to 0.01, log"):
         assert words in " ".join(text.replace("# ", " ").split())
     assert f"began with score {found.present:.2f}" in " ".join(text.replace("# ", " ").split())
     assert read_yaml(found.file) == read_yaml(HPARAMS_DIR / "KDPO" / "world.yaml") | found.changed
@@ -169,6 +170,12 @@ def test_a_yaml_that_is_there_is_written_over_only_where_asked(tuned, three, tmp
     assert workers.names == [] and theirs.read_text() == "alg_name: FT\n" and not (tmp_path / "KDPO").exists()
     tune(METHODS, three, folder, workers, tmp_path, overwrite=True)
     assert read_yaml(theirs)["num_steps"] > 0 and (tmp_path / "KDPO" / "world.yaml").read_text() == found.file.read_text()
+
+
+def test_two_methods_that_go_into_one_yaml_are_refused(three, tmp_path):
+    with pytest.raises(TuneError, match=r"names FT and FT-L, which both go into .*hparams/FT/world\.yaml; leave one"):
+        tune(["KDPO", "FT", "FT-L"], three, tmp_path, Here(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_present_settings_may_be_written_over_and_the_study_goes_on(tuned, three, tmp_path):
@@ -319,6 +326,13 @@ def test_layers_are_a_share_of_the_depth(monkeypatch, hparams):
         Space("ULTRAEDIT", modules, 31)
     with pytest.raises(HParamsError, match="IKE has no search space; those that have one: AlphaEdit, DPO"):
         Space("IKE", hparams, 31)
+
+
+def test_what_has_no_logarithm_is_told(monkeypatch):
+    monkeypatch.setattr(space, "read_space", lambda _: {"kl_factor": {"from": 1e-2, "to": 4.0, "log": True}})
+    with pytest.raises(HParamsError, match=r"kl_factor is 0; allowed where ROME is tuned: a number above 0.* from 0\.01 to 4"):
+        Space("ROME", SimpleNamespace(kl_factor=0), 31)
+    assert Space("ROME", SimpleNamespace(kl_factor=5e-3), 31).words() == {"kl_factor": "0.005 to 4, log"}
 
 
 def test_numbers_are_short():

@@ -21,13 +21,13 @@ from ..edits.factors import Factors
 from ..edits.file import one_by_one
 from ..method import kdpo_c
 from ..method.asking import asked, context_of
-from ..method.config import KDPOHyperParams
+from ..method.config import KDPOHyperParams, plain
 from ..method.statistics import Text
 from ..method.weights import read, write
 from .datasets import DatasetError, Request, flat
 from .inputs import need_subject
 from .measuring import batching_for, check_length, target_probability
-from .protocols import Edit, Method, editor_of, plain, timed_edit
+from .protocols import Edit, Method, editor_of, timed_edit
 from .schema import SINGLE
 from .writing import write_answers
 

@@ -55,7 +55,7 @@ class Judge:
         self.url, self.model, self._journal = url.rstrip("/"), model, journal
         self.failure: str | None = None
         self._verdicts = {
-            (entry["prompt"], entry["target"], entry["answer"]): entry["verdict"]
+            (entry["prompt"], entry["target"], entry["answer"]): _verdict(entry["reply"])
             for entry in journal.entries
             if entry["model"] == model
         }
@@ -139,5 +139,6 @@ def _questions(entry: EditMetrics, phase: Metrics) -> list[tuple[str, Question]]
 
 
 def _verdict(reply: str) -> bool | None:
-    words = re.findall(r"\b(yes|no)\b", re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).casefold())
-    return words[0] == "yes" if words else None
+    said = reply.rpartition("</think>")[2]  # where thoughts begin, a model's template may have written already
+    words = re.findall(r"\b(yes|no)\b", said.casefold())
+    return words[0] == "yes" if words and "<think>" not in said else None

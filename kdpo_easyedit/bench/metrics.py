@@ -294,7 +294,7 @@ def written_for_fluency(
         below = likeliest.values.softmax(-1).cumsum(-1)[:, :-1] < uniforms[rows, step, None].to(logits.device)
         return likeliest.indices.gather(-1, below.sum(-1, keepdim=True)).squeeze(-1)
 
-    written = write_on(model, ids, [FLUENCY_TOKENS] * len(ids), draw, lambda _row, _tokens: False, batching)
+    written = write_on(model, ids, [FLUENCY_TOKENS] * len(ids), draw, batching=batching)
     return [
         unicodedata.normalize("NFKD", tok.decode(text.tokens, skip_special_tokens=True)).replace("\n\n", " ")
         for text in written

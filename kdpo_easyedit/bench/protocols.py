@@ -38,7 +38,7 @@ from ..edits import save_edits as write_edits
 from ..edits.factors import Factors, from_tensors, to_tensors
 from ..edits.file import check_place, one_by_one
 from ..method import kdpo_c
-from ..method.config import HParamsError, KDPOHyperParams
+from ..method.config import HParamsError, KDPOHyperParams, plain
 from ..method.kdpo import EditTrace, note_unedited
 from ..method.replay import projecting_by_rows, runs_by_rows
 from ..method.statistics import Text
@@ -463,11 +463,15 @@ def _edit_one_by_one(
             for edit, post in zip(edits, posts):
                 journal.append({"time": edit.seconds, "post": post, **edit.traces[0]})
             progress.set_postfix_str(_running(journal.entries))
-    metrics = [
-        replace(entry, **{key: done.get(key) for key in (*_OF_EDIT, "post")}) for entry, done in zip(before, journal.entries)
-    ]
-    metrics = _judged(run, judge, f"{name}-{SINGLE}", metrics)
-    run.write(f"metrics-{name}-{SINGLE}.json", to_json(metrics))
+    file = f"metrics-{name}-{SINGLE}.json"
+    metrics = from_json(EditMetrics, run.read(file) or [])
+    if not metrics:  # else they may have a judge's verdicts already
+        for entry, done in zip(before, journal.entries):
+            metrics.append(replace(entry, **{key: done.get(key) for key in (*_OF_EDIT, "post")}))
+        run.write(file, to_json(metrics))
+    if judge:
+        metrics = _judged(run, judge, f"{name}-{SINGLE}", metrics)
+        run.write(file, to_json(metrics))
     row = summarise(name, SINGLE, metrics, "post")
     return replace(row, tokens_per_second=run.tokens_per_second(f"{name}-{SINGLE}"))
 
@@ -529,6 +533,8 @@ def _edit_in_sequence(
     in_weights, resumes = algorithms.edits_weights(editor.hparams), algorithms.can_resume(editor.hparams)
     complete = not resumes and (run.path / f"metrics-{name}-{protocol}.json").exists()
     finished = len(before) if complete else notes.get("edits", 0)
+    if finished > len(journal.entries):  # a copy of a folder, made while it was written
+        weights, notes, finished = {}, {}, 0
     journal.cut(finished)
     remembered, protected, changed = (
         {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
@@ -622,10 +628,8 @@ def with_ability(row: Summary, able: Mapping[str, Any]) -> Summary:
     return replace(row, **{**able, **joined})
 
 
-def _judged(run: RunFolder, judge: Judge | None, what: str, metrics: Sequence[EditMetrics]) -> list[EditMetrics]:
-    """Metrics with the verdicts of the judge, if there is one; a line where it fails, once."""
-    if judge is None:
-        return list(metrics)
+def _judged(run: RunFolder, judge: Judge, what: str, metrics: Sequence[EditMetrics]) -> list[EditMetrics]:
+    """Metrics with the verdicts of the judge; a line where it fails, once."""
     failed = judge.failure
     with run.measuring(what):
         metrics = judged(judge, metrics)
@@ -788,12 +792,6 @@ def _machine(device: Any) -> str:
     if name.type == "cuda":
         return torch.cuda.get_device_name(name)
     return f"{name.type} of {platform.machine()}, threads: {torch.get_num_threads()}"
-
-
-def plain(hparams: Any) -> dict[str, Any]:
-    """Hyper-parameters as JSON can hold them."""
-    name = hparams.model_name if isinstance(hparams.model_name, str) else hparams.model_name[0].config.name_or_path
-    return json.loads(json.dumps(vars(hparams) | {"model_name": str(name)}, default=str))
 
 
 def editor_of(method: Method, loaded: Any, protocol: str) -> Any:

@@ -156,6 +156,11 @@ class PairedTest:
     p_corrected: float
 
 
+def in_a_name(text: str) -> str:
+    """Text as a file's name can hold it."""
+    return re.sub(r"[^A-Za-z0-9_.=+-]", "-", text)
+
+
 @dataclass(frozen=True)
 class Cell:
     """An entry of a sweep's ``sweep.json``: one method on one model and one data set, and what has become of it.
@@ -194,7 +199,12 @@ class Cell:
         size = "all" if self.size is None else self.size
         parts = [self.method, f"{self.data}-{size}", in_order(self.order) if self.order > 1 else self.protocol]
         parts += [f"seed-{self.seed}", *(f"{key}={value}" for key, value in self.overrides.items())]
-        return f"{self.model}/{re.sub(r'[^A-Za-z0-9_.=+-]', '-', '_'.join(parts))}"
+        return f"{self.place}/{in_a_name('_'.join(parts))}"
+
+    @property
+    def place(self) -> str:
+        """The model's folder within each of the sweep's: its short name, and of a path what leads nowhere else."""
+        return "/".join(part for part in self.model.split("/") if part not in ("", ".", ".."))
 
     @property
     def folder(self) -> str:

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=1, help="how often to take both (default: 1)")
     options = parser.parse_args(arguments)
     tok = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, use_safetensors=True)
     passages = wikipedia_openings()[0][: options.passages]
     tokens = sum(map(len, tok(passages)["input_ids"]))
     names = [options.module.format(layer) for layer in options.layers]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from ..method.asking import end_tokens
 from ..method.preference import prompt_ids
 from .batches import (
     BY_DEVICE,
@@ -90,9 +91,7 @@ def write_answers(
     def has_ended(number: int, tokens: list[int]) -> bool:
         return _end(decoded(tokens), targets[number]) is not None
 
-    texts = write_on(
-        model, inputs, rooms, lambda _rows, _step, logits: logits.argmax(-1), has_ended, batching, _end_tokens(model, tok)
-    )
+    texts = write_on(model, inputs, rooms, likeliest, has_ended, batching, end_tokens(network(model), tok))
     answers = []
     for text, target in zip(texts, targets):
         words = decoded(text.tokens)
@@ -100,11 +99,9 @@ def write_answers(
     return answers
 
 
-def _end_tokens(model: Any, tok: Any) -> frozenset[int]:
-    settings = getattr(network(model), "generation_config", None)
-    of_model, of_tokenizer = getattr(settings, "eos_token_id", None), tok.eos_token_id
-    named = of_model if isinstance(of_model, (list, tuple)) else [of_model]
-    return frozenset(token for token in (*named, of_tokenizer) if token is not None)
+def likeliest(_prompts: list[int], _step: int, logits: Tensor) -> Tensor:
+    """The choice of :func:`write_on` that is greedy."""
+    return logits.argmax(-1)
 
 
 # Where a line or a sentence ends. A full stop ends none after an initial or a title, nor after "No." before a number.
@@ -143,7 +140,7 @@ def write_on(
     prompts: Sequence[list[int]],
     rooms: Sequence[int],
     choose: Callable[[list[int], int, Tensor], Tensor],
-    has_ended: Callable[[int, list[int]], bool],
+    has_ended: Callable[[int, list[int]], bool] = lambda _prompt, _tokens: False,
     batching: Batching = BY_DEVICE,
     end_tokens: frozenset[int] = frozenset(),
 ) -> list[Text]:

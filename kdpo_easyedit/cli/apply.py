@@ -15,7 +15,7 @@ The exit status is 0 where all edits were kept, and 1 where some were not.
 """
 KEEP_IF = "success"
 # Of the measures with long names.
-HEADINGS = {"as_plain": "as\nplain", "rephrased": "re-\nphrased", "perplexity": "perplex-\nity"}
+HEADINGS = {"as_plain": "as\nplain", "rephrased": "re-\nphrased", "perplexity": "per-\nplexity"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -313,4 +313,8 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
 def _is_complete(folder: Path, rows: int) -> bool:
     """Whether a folder has all rows of a run."""
     summary = folder / "summary.json"
-    return summary.exists() and len(json.loads(summary.read_text(encoding="utf-8"))) == rows
+    try:
+        content = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+    except ValueError:  # none of ours, or broken
+        return False
+    return isinstance(content, list) and len(content) == rows

@@ -8,7 +8,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..method.config import HParamsError, KDPOHyperParams, are_layers, check_keys, find_hparams, loading_dtype, read_yaml
+from ..method.config import (
+    HParamsError,
+    KDPOHyperParams,
+    are_layers,
+    check_keys,
+    find_hparams,
+    is_template,
+    loading_dtype,
+    read_yaml,
+)
 from ..method.families import family_of, output_layer_of
 from .host import IS_RELEASE, HostError, submodule
 from .methods import RELEASE_BEHAVIOUR, hyper_params_class
@@ -79,6 +88,12 @@ def _check_values(cls: type, config: Mapping[str, Any]) -> None:
     layers = config.get("layers")
     if layers is not None and not are_layers(layers):
         raise HParamsError(f"layers is {layers!r}; allowed: a list of layer numbers, counted from 0")
+    for key in _MODULES:
+        value = config.get(key)
+        if key.endswith("_tmp") and value is not None and not is_template(value):
+            raise HParamsError(f"{key} is {value!r}; allowed: a module's name with {{}} in the place of the layer's number")
+    if config.get("mom2_dtype", "float32") not in ("float32", "float64"):  # float16 holds no sums over a text
+        raise HParamsError(f"mom2_dtype is {config['mom2_dtype']!r}; allowed: float32, float64")
     if config.get("fact_token", "last") not in _FACT_TOKENS:
         raise HParamsError(f"fact_token is {config['fact_token']!r}; allowed: {', '.join(_FACT_TOKENS)}")
     for f in fields(cls):

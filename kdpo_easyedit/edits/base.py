@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..method.asking import context_of
-from ..method.preference import edit_tokens, normalised
+from ..method.preference import check_room, edit_tokens, normalised
 from ..method.weights import runs_on
 from .file import EditsError, read_header
 
@@ -45,11 +45,13 @@ def says(model: PreTrainedModel, tok: Any, request: Mapping[str, Any]) -> bool:
     The prompt is put as the request's ``context`` says (:mod:`.asking`).
 
     Raises:
-        ValueError: a request without a prompt or a target, or with a context that the tokenizer does not have.
+        ValueError: a request without a prompt or a target, with a context that the tokenizer does not have, or longer than the
+            model takes.
     """
     complete = normalised(request)
     device = runs_on(model.get_input_embeddings())
     edit = edit_tokens(tok, complete["prompt"], complete["target_new"], device, context_of(complete))
+    check_room(model, edit, complete["prompt"])
     with torch.no_grad():
         best = model(edit.input_ids).logits[0, edit.prompt_length - 1 : -1].argmax(-1)
     return torch.equal(best, edit.targets.to(best.device))

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..files import whole
-from ..method.config import KDPOHyperParams
+from ..method.config import KDPOHyperParams, plain
 from ..method.weights import Weights, fingerprint, note_edit, read, write
 from .factors import Changes, Factors, Residual, bits, from_tensors, to_tensors
 
@@ -95,7 +95,7 @@ def save_edits(
         "weights": {name: _about(original, edited[name]) for name, original in originals.items()},
         "others": _others(model, originals),
         "requests": [{key: request[key] for key in _OF_REQUEST if key in request} for request in requests],
-        "hparams": asdict(hparams) if is_dataclass(hparams) and not isinstance(hparams, type) else hparams,
+        "hparams": plain(hparams) if is_dataclass(hparams) else hparams,
         "versions": {name: version(name) for name in ("kdpo-easyedit", "torch", "transformers")},
         "license": license,
     }

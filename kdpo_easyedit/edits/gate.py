@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..method.preference import prompt_ids
+from ..method.asking import end_tokens
+from ..method.packs import greedy
+from ..method.preference import has_room, prompt_ids
 from ..method.weights import runs_on
 from .file import EditsError
 
@@ -91,7 +93,7 @@ class Regression:
         """From an unedited model, which is given the prompts in one of :data:`.asking.CONTEXTS`.
 
         Raises:
-            EditsError: a prompt without a token.
+            EditsError: a prompt without a token, or one that the model has no room for with an answer.
             ContextError: as :func:`.asking.asked`.
         """
         self.texts = []
@@ -100,10 +102,15 @@ class Regression:
             ids = torch.tensor([prompt_ids(tok, prompt, context)], device=device)
             if not ids.shape[1]:
                 raise EditsError(f"a regression prompt is {prompt!r}, which has no token")
-            written = model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=_ANSWER, do_sample=False, pad_token_id=tok.eos_token_id
-            )
-            self.texts.append((written, ids.shape[1]))
+            if not has_room(model, ids.shape[1] + _ANSWER):
+                raise EditsError(
+                    f"a regression prompt has {ids.shape[1]} tokens, which leave no room for an answer: {prompt!r:.80}"
+                )
+            with torch.no_grad():
+                answer = greedy(model, ids, _ANSWER).tolist()
+            ends = [n for n, token in enumerate(answer, 1) if token in end_tokens(model, tok)]
+            answer = answer[: ends[0]] if ends else answer
+            self.texts.append((torch.cat((ids, ids.new_tensor([answer])), dim=-1), ids.shape[1]))
         _, self._loss = self._read(model)
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:

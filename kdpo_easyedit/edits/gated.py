@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..files import json_text, whole
 from ..method.asking import CONTEXTS, context_of
-from ..method.config import HParamsError, KDPOHyperParams
+from ..method.config import HParamsError, KDPOHyperParams, plain
 from ..method.kdpo import EditTrace, apply_kdpo_to_model, note_unedited
 from ..method.kdpo_c import protect_keys, protected_keys
 from ..method.weights import Weights, read, write
@@ -119,16 +119,19 @@ class GatedList:
         Raises:
             EditsError: the file, or the report beside it, is of something else.
         """
-        given = {"keep_if": self.gate.text, "edits": self.edits, "regression": self.prompts, "hparams": vars(self.hparams)}
-        self.settings = json.loads(json.dumps(given | {"context": self.context}, default=str))
+        given = {"keep_if": self.gate.text, "edits": self.edits, "regression": self.prompts, "hparams": plain(self.hparams)}
+        self.settings = json.loads(json.dumps(given | {"context": self.context}))
         if not self.report.exists():
             if self.file.exists():
                 raise EditsError(f"{self.file} is there already, and is none of this list's; name another with --save_edits")
             return
-        found = json.loads(self.report.read_text(encoding="utf-8"))
-        if found["settings"] != self.settings:
+        try:
+            found = json.loads(self.report.read_text(encoding="utf-8"))
+            settings, self.rows = found["settings"], found["rows"]
+        except (ValueError, KeyError, TypeError):
+            raise EditsError(f"{self.report} is there already, and is no list's; name another file with --save_edits") from None
+        if settings != self.settings:
             raise EditsError(f"{self.report} is of another list, condition or method; name another file with --save_edits")
-        self.rows = found["rows"]
         if self.is_complete and self._kept() and not self.file.exists():
             raise EditsError(f"{self.file} is gone, and {self.report} says it is done; remove that too to make the edits again")
         # The report is written first: an edit that is in it alone was about to be kept, and is made again.
@@ -186,14 +189,14 @@ class GatedList:
             if regression:
                 row |= regression.measure(self.model)
             row["why"] = self.gate.failing(row)
-        except HParamsError:
-            raise
-        except ValueError as error:  # an edit that failed, or that the model has no room for
-            row["why"] = str(error)
+        except BaseException as error:
+            if isinstance(error, HParamsError) or not isinstance(error, ValueError):
+                self._take_back(before)
+                raise
+            row["why"] = str(error)  # an edit that failed, or that the model has no room for
         row["kept"] = not row["why"]
-        if not row["kept"] and before:
-            write(self.model, before)
-            self._protect()
+        if not row["kept"]:
+            self._take_back(before)
         self.rows.append(row)
         self._write_report()
         if row["kept"]:
@@ -213,6 +216,12 @@ class GatedList:
     def _keys(self) -> Path:
         """A file of what KDPO+C steps around, of the edits that are kept so far."""
         return self.file.with_name(f"{self.file.name}.{len(self._kept())}.keys")
+
+    def _take_back(self, before: Weights) -> None:
+        """Undo the last edit, where there are weights from before it."""
+        if before:
+            write(self.model, before)
+            self._protect()
 
     def _protect(self) -> None:
         """Go on with what KDPO+C knew of the edits that are kept."""

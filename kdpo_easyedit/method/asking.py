@@ -65,6 +65,14 @@ def context_of(request: Mapping[str, Any]) -> str:
     return str(request.get("context", CONTEXTS[0]))
 
 
+def end_tokens(model: Any, tok: Any) -> frozenset[int]:
+    """The tokens with which a model's text is at its end, as its settings for generation and its tokenizer have them."""
+    settings = getattr(model, "generation_config", None)
+    of_model, of_tokenizer = getattr(settings, "eos_token_id", None), tok.eos_token_id
+    named = of_model if isinstance(of_model, (list, tuple)) else [of_model]
+    return frozenset(token for token in (*named, of_tokenizer) if token is not None)
+
+
 def note_template(tok: Any, request: Mapping[str, Any]) -> None:
     """Where a plain prompt is for a model that has a chat template, let the log say once that it has one."""
     if context_of(request) == "plain" and getattr(tok, "chat_template", None) and not _SAID:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -170,11 +171,20 @@ def _text_or_none(value: Any) -> str | None:
 
 
 def _template(value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or value.count("{}") != 1:
+    if value is not None and not is_template(value):
         raise ValueError("a module's name with {} in the place of the layer's number")
-    return value
+    return None if value is None else str(value)
+
+
+def is_template(value: Any) -> bool:
+    """Whether a value is a module's name with ``{}`` in the place of the layer's number, and no other brace."""
+    return isinstance(value, str) and value.count("{}") == 1 and not set("{}") & set(value.replace("{}", ""))
+
+
+def plain(hparams: Any) -> dict[str, Any]:
+    """Any method's hyper-parameters as JSON can hold them; of a pair of model and tokenizer, the model's name."""
+    name = hparams.model_name if isinstance(hparams.model_name, str) else hparams.model_name[0].config.name_or_path
+    return dict(json.loads(json.dumps(vars(hparams) | {"model_name": str(name)}, default=str)))
 
 
 def are_layers(value: Any) -> bool:
@@ -399,7 +409,7 @@ class KDPOHyperParams:
                 raise HParamsError(f"layers holds {layer}; allowed: 0 to {depth - 1}, the layers of this model")
         for key in ("mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module"):
             value = getattr(named, key)
-            if value is not None and value.format(self.layers[0]) not in modules:
+            if value is not None and value.replace("{}", str(self.layers[0])) not in modules:
                 raise _no_match(key, value, modules)
 
         weights: dict[str, torch.nn.Parameter] = {}

@@ -20,7 +20,7 @@ from .config import HParamsError, KDPOHyperParams
 from .contexts import contexts, copy_contexts
 from .kdpo_c import SteepestDescent, Usage
 from .packs import Autoregressive, Edit, EditTrace, NotFinite, Pack, TeacherForced, Update, keys_of, packed
-from .preference import edit_tokens, means, normalised, subject_span, tokens_of
+from .preference import check_room, edit_tokens, has_room, means, normalised, subject_span, tokens_of
 from .replay import EditedWeights, frozen
 from .weights import Weights, at_least_float32, copy_notes, holds_edit, note_edit, read, runs_on, write
 
@@ -253,15 +253,11 @@ def _edit(
     note_template(tok, request)
     device = runs_on(model.get_input_embeddings())
     plain = edit_tokens(tok, prompt, target, device, context)
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room and plain.input_ids.shape[1] > room:
-        raise ValueError(
-            f"prompt and target_new have {plain.input_ids.shape[1]} tokens, and the model takes {room}: {prompt!r}"
-        )
+    check_room(model, plain, prompt)
     edits = {"": plain}
     for text in contexts(model, tok, hparams.contexts):
         edit = edit_tokens(tok, f"{text}. {prompt}", target, device, context)
-        if torch.equal(edit.targets, plain.targets) and not (room and edit.input_ids.shape[1] > room):
+        if torch.equal(edit.targets, plain.targets) and has_room(model, edit.input_ids.shape[1]):
             edits[f"{text}. "] = edit
     if len(edits) == 1 and hparams.positions == "all" and hparams.batch_size == 1:
         return Edit(request, [plain], None, trace)
@@ -310,12 +306,11 @@ class _Adam:
     """
 
     def __init__(self, model: PreTrainedModel, originals: Weights, hparams: KDPOHyperParams, scale: float) -> None:
-        self.weights = {
-            name: original.to(
-                runs_on(model.get_submodule(name.rpartition(".")[0])), at_least_float32(original.dtype), copy=True
-            ).requires_grad_()
-            for name, original in originals.items()
-        }
+        self.weights = {}
+        for name, original in originals.items():
+            device, dtype = runs_on(model.get_submodule(name.rpartition(".")[0])), at_least_float32(original.dtype)
+            # Fused, Adam goes by the order in memory, which is the gradient's where nothing is transposed.
+            self.weights[name] = original.to(device, dtype, copy=True).contiguous().requires_grad_()
         self.originals, self.scale, self.limit = originals, scale, hparams.norm_constraint
         self.gradients: list[Tensor] = []
         # Adam takes no notice of a loss that is scaled, its own constants too.

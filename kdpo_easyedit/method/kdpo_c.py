@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..once import once
 from .config import HParamsError, KDPOHyperParams
 from .preference import means
+from .replay import EditedWeights
 from .statistics import StatisticsError, fingerprints, statistics_files
 from .statistics import read as read_moment
 from .weights import Weights, at_least_float32, checksum, read
@@ -83,6 +84,25 @@ class Usage:
         """K S: float32 ``[n, in]`` → the same."""
         return keys @ self.inverse - (keys @ self.protected.T) @ self.protected
 
+    def times_around(self, keys: Tensor, parts: Sequence[slice]) -> Tensor:
+        """K S of edits that are made together, each by the S that steps around the others' keys too: float32 ``[n, in]``.
+
+        As if each were made after all others, and at the cost of one: with w what a key counts and Q = (I + w K S Kᵀ)⁻¹,
+        Kᵢ S₋ᵢ = Qᵢᵢ⁻¹ (Q K S)ᵢ (Woodbury).
+
+        Args:
+            keys: of all edits, float32 ``[n, in]``.
+            parts: of them, each edit's.
+        """
+        basis = self.times(keys)
+        if len(parts) == 1 or not self.key_weight:
+            return basis
+        inner = self.key_weight * (keys @ basis.T).double()
+        inner.diagonal().add_(1)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(inner))
+        around = inverse @ basis.double()
+        return torch.cat([torch.linalg.solve(inverse[part, part], around[part]) for part in parts]).float()
+
     def protecting(self, keys: Tensor) -> Usage:
         """With the keys of a finished edit, float32 ``[n, in]``, added to C: an update of rank n (Woodbury), no new inverse."""
         if not self.key_weight:
@@ -103,17 +123,18 @@ class Change:
     Args:
         usage: what the projection is used for.
         keys: K, what the projection is given where Δ is built from, at the edits' start; float32, ``[n, in]``.
+        parts: of them, each edit's.
         width: of the projection's output.
 
     Attributes:
-        basis: K S; float32, ``[n, in]``.
+        basis: K S, of each edit with the S that steps around the others too; float32, ``[n, in]``.
         coefficients: A; float32, ``[n, out]``.
         nudge: zeros, ``[n, out]``, whose gradient is the loss's at the projection's output.
     """
 
-    def __init__(self, usage: Usage, keys: Tensor, width: int) -> None:
+    def __init__(self, usage: Usage, keys: Tensor, parts: Sequence[slice], width: int) -> None:
         self.usage, self.keys = usage, keys
-        self.basis = usage.times(keys.cpu()).to(keys.device)
+        self.basis = usage.times_around(keys.cpu(), parts).to(keys.device)
         self.coefficients = keys.new_zeros(len(keys), width)
         self.nudge = torch.zeros_like(self.coefficients, requires_grad=True)
 
@@ -153,7 +174,7 @@ class SteepestDescent:
         sizes: how many of them are each edit's.
 
     Attributes:
-        weights: the changes, by the names of the weights.
+        changes: by the names of the weights.
     """
 
     def __init__(
@@ -167,9 +188,9 @@ class SteepestDescent:
         sizes: Sequence[int],
     ) -> None:
         self.model, self.originals, self.hparams = model, originals, hparams
-        self.weights = {name: Change(usage, keys[name], _outputs(model, name)) for name, usage in usages.items()}
         self.scale = scale
         self.parts = [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes))]
+        self.changes = {name: Change(usage, keys[name], self.parts, _outputs(model, name)) for name, usage in usages.items()}
         self.edits = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # of each key
         self.rates = [math.inf] * len(sizes)
         self.lengths = [math.inf] * len(sizes)  # of the first steps
@@ -177,9 +198,15 @@ class SteepestDescent:
         self.slopes: dict[int, float] = {}
         self.gradients: list[Tensor] = []
 
+    @property
+    def weights(self) -> EditedWeights:
+        """What the model is run with: the changes; where its dtype would round off some of them, W with what is left."""
+        rounds = any(at_least_float32(original.dtype) != original.dtype for original in self.originals.values())
+        return self.result() if rounds and any(self.stepped) else self.changes
+
     def in_step(self, at: Tensor | None, which: Tensor | None) -> dict[str, _Nudged]:
         """The changes in a step; see :class:`.packs.Update`."""
-        return {name: _Nudged(change, at, which) for name, change in self.weights.items()}
+        return {name: _Nudged(change, at, which) for name, change in self.changes.items()}
 
     def begin_cycle(self, edit: int) -> None:
         self.rates[edit] = math.inf
@@ -187,7 +214,7 @@ class SteepestDescent:
     def descend(self, losses: Tensor, edits: Tensor) -> None:
         """Take in the gradient of losses; see :class:`.packs.Update`."""
         count = len(self.parts)
-        nudges = [change.nudge for change in self.weights.values()]
+        nudges = [change.nudge for change in self.changes.values()]
         found = torch.autograd.grad(self.scale * means(losses, edits, count).sum(), nudges)
         gradients = [gradient / self.scale for gradient in found]
         self.gradients = [a + b for a, b in zip(self.gradients, gradients)] if self.gradients else gradients
@@ -197,7 +224,7 @@ class SteepestDescent:
 
     def step(self) -> None:
         """A step down the sum of the edits' losses."""
-        changes = list(self.weights.values())
+        changes = list(self.changes.values())
         metrics = [0.0] * len(self.parts)
         for change, gradient in zip(changes, self.gradients):
             metrics = [a + b for a, b in zip(metrics, self._metrics(change, gradient))]
@@ -222,7 +249,7 @@ class SteepestDescent:
             |g|² kᵀ S k, summed over the projections; float32, ``[n]``, on the CPU. 0 where no gradient was taken in.
         """
         gained = torch.zeros(len(self.edits))
-        for change, gradient in zip(self.weights.values(), self.gradients):
+        for change, gradient in zip(self.changes.values(), self.gradients):
             gained += (gradient.square().sum(-1) * (change.keys * change.basis).sum(-1)).cpu()
         return gained
 
@@ -250,7 +277,7 @@ class SteepestDescent:
     def result(self) -> dict[str, Tensor]:
         """The new weights, float32 or the model's wider dtype, laid out as the model stores them."""
         found = {name: original.to(at_least_float32(original.dtype), copy=True) for name, original in self.originals.items()}
-        for name, change in self.weights.items():
+        for name, change in self.changes.items():
             if any(self.stepped):
                 delta = change.coefficients.T @ change.basis
                 found[name] = found[name].to(delta.device) + (delta.T if _transposed(self.model, name) else delta)
@@ -259,7 +286,7 @@ class SteepestDescent:
     def factors(self, edit: int) -> dict[str, tuple[Tensor, Tensor]]:
         """What an edit adds to the weights as the model stores them: L and R of its Δ = L R, float32, on the CPU."""
         found = {}
-        for name, change in self.weights.items():
+        for name, change in self.changes.items():
             if self.stepped[edit]:
                 left, right = change.coefficients[self.parts[edit]].T, change.basis[self.parts[edit]]
                 pair = (right.T, left.T) if _transposed(self.model, name) else (left, right)
@@ -271,7 +298,7 @@ class SteepestDescent:
         made = torch.tensor(self.stepped)[self.edits]
         return {
             name: change.usage.protecting(change.keys[made.to(change.keys.device)].cpu()) if made.any() else change.usage
-            for name, change in self.weights.items()
+            for name, change in self.changes.items()
         }
 
 

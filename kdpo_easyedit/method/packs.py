@@ -51,7 +51,7 @@ class NotFinite(Exception):
 
 @dataclass
 class EditTrace:
-    """What happened in one edit.
+    """What happened in one edit, before an ``update_scale``.
 
     Attributes:
         negatives: of every cycle, its T tokens to avoid: what the model said at its start, or, where the negatives are not

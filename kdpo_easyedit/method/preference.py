@@ -161,6 +161,24 @@ def edit_tokens(tok: Any, prompt: str, target: str, device: torch.device | str =
     return EditTokens(torch.tensor([ids], device=device), length)
 
 
+def has_room(model: Any, length: int) -> bool:
+    """Whether a model takes as many tokens; where its configuration does not say how many it takes, any number."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    return not room or length <= room
+
+
+def check_room(model: Any, edit: EditTokens, prompt: str) -> None:
+    """Whether a model takes a prompt and its target.
+
+    Raises:
+        ValueError: it does not.
+    """
+    length = edit.input_ids.shape[1]
+    if not has_room(model, length):
+        room = model.config.max_position_embeddings
+        raise ValueError(f"prompt and target_new have {length} tokens, and the model takes {room}: {prompt!r}")
+
+
 def in_one_batch(edits: Sequence[EditTokens]) -> Tensor:
     """The sequences of an edit, int64, ``[B, L]``; shorter ones are padded on their right, where nothing that counts sees."""
     length = max(edit.input_ids.shape[1] for edit in edits)

@@ -57,6 +57,8 @@ def checksum(weight: Tensor) -> int:
     2⁶⁴. It is no hash: the same rows in another order have the same sum, and whoever wants to can make two weights that do.
     """
     rows = weight.detach().contiguous()
+    if rows.storage_offset() * rows.element_size() % 8:  # a part of a larger one, that cannot be read as larger numbers
+        rows = rows.clone()
     whole = rows.shape[-1] * rows.element_size() % 8 == 0
     columns = rows.view(torch.int64 if whole else _INTEGERS[rows.element_size()]).sum(0, dtype=torch.int64)
     odd = torch.arange(1, 2 * len(columns), 2, device=columns.device) * 6364136223846793005

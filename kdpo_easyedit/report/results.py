@@ -134,7 +134,9 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
     if not others:
         return first
     named = [method for _, run in runs for method in run.hparams]
-    joined = Results(first.model, first.settings, Comparison(first.comparison.before, [], [], []), {}, {}, {}, [])
+    # A run of single edits has not looked at what only sequences are measured by.
+    before = max((run.comparison.before for _, run in runs), key=lambda row: (row.perplexity is not None, len(row.further)))
+    joined = Results(first.model, first.settings, Comparison(before, [], [], []), {}, {}, {}, [])
     labels = _labels([folder for folder, _ in runs])
     for (folder, run), label in zip(runs, labels):
         _refuse(first_folder, folder, first.settings, run.settings, "")

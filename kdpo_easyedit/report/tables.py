@@ -36,7 +36,7 @@ _PRINTED = {
     "portability": "port-\nability",
     "locality": "locality",
     "fluency": "fluency",
-    "perplexity": "perplex-\nity",
+    "perplexity": "per-\nplexity",
     "seconds_per_edit": "seconds\nan edit",
 }
 _WHERE_MEASURED = ("fluency", "perplexity")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -172,14 +173,21 @@ def _plan(config: Mapping[str, Any], folder: Path, device: str | None) -> Plan:
     named: dict[str, Cell] = {}
     for cell in cells:
         if (other := named.setdefault(cell.name, cell)) is not cell:
+            both = {"models": (other.model, cell.model), "data": (other.data, cell.data)}
+            key = next((key for key, (one, another) in both.items() if one != another), "overrides")
+            one, another = both.get(key, (other.overrides, cell.overrides))
             raise SweepError(
-                f"data names {other.data!r} and {cell.data!r}, whose runs would share the folder {cell.name}; "
-                "give them names that differ in ASCII letters or digits"
+                f"{key} names {one!r} and {another!r}, whose runs would share the folder {cell.name}; "
+                "give names or values that differ in ASCII letters or digits"
             )
     plan.cells = _without(cells, config.get("exclude"))
     if not plan.cells:
         raise SweepError("exclude leaves no cell; name fewer")
     _load_all(plan, device or _one(config, "device", _text), _one(config, "dtype", _among(*DTYPES)))
+    for key in ("num_gpus", "num_cpus", "memory"):
+        value = config.get(key)
+        if isinstance(value, dict) and (others := [name for name in value if name not in models]):
+            raise SweepError(f"{key} names {others[0]!r}; allowed: a model of models")
     for model in dict.fromkeys(cell.model for cell in plan.cells):
         plan.resources[model] = _resources(config, model, [plan.hparams[c.name] for c in plan.cells if c.name in plan.hparams])
     plan.check_files()
@@ -238,6 +246,8 @@ def _data(value: Any, folder: Path) -> dict[str, Data]:
             found[OWN] = Data(None)
         elif not isinstance(of, dict) or not isinstance(of.get("file"), str) or of.keys() - {"file", "datatype"}:
             raise SweepError(f"data.{name} is {of!r}; allowed: a file, or {{file: …, datatype: …}}; nothing for {OWN!r}")
+        elif not isinstance(of.get("datatype"), str | None):
+            raise SweepError(f"data.{name}.datatype is {of['datatype']!r}; allowed: the name of one layout, or nothing")
         else:
             found[str(name)] = Data(str(folder / of["file"]), of.get("datatype"))
     return found
@@ -297,16 +307,16 @@ def _resources(config: Mapping[str, Any], model: str, all_hparams: list[Any]) ->
 
     gpus, cpus, memory = of("num_gpus", 1 if on_cuda else 0), of("num_cpus", None), of("memory", None)
     for key, value in (("num_gpus", gpus), ("num_cpus", 1 if cpus is None else cpus)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < (key == "num_cpus"):
-            least = "1 or above" if key == "num_cpus" else "0 or above"
-            raise SweepError(f"{key} is {value!r}; allowed: a number, {least}, or a mapping of models to numbers")
+        least = 1 if key == "num_cpus" else 0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+            raise SweepError(f"{key} is {value!r}; allowed: a number, {least} or above, or a mapping of models to numbers")
     if gpus > 1 and gpus != int(gpus):
         raise SweepError(f"num_gpus is {gpus!r}; allowed: a fraction of one GPU, or whole GPUs")
     return Resources(gpus, cpus, None if memory is None else _bytes(memory))
 
 
 def _bytes(value: Any) -> int:
-    found = re.fullmatch(r"([0-9.]+) *([KMGT]?B?)", str(value))
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) *([KMGT]?B?)", str(value))
     if not found or found[2] not in _UNITS:
         raise SweepError(f"memory is {value!r}; allowed: a number of bytes, or such as 40GB")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from ..bench.inputs import Inputs
 from ..bench.protocols import Method, settings_of
 from ..bench.runs import RunError, RunFolder, differences
-from ..bench.schema import Cell, in_order, to_json
+from ..bench.schema import Cell, in_a_name, in_order, to_json
 from ..bench.versions import versions
 from ..easyedit.loading import loading
 from ..easyedit.statistics import needs_statistics, with_text
@@ -28,8 +28,8 @@ from .plan import Plan, SweepError
 from .tasks import Event, Task, Workers
 from .work import CellWork, is_complete, make_statistics, measure_before, run_cell, write_inputs
 
-# How often the state of all cells is written, in seconds: of thousands it takes a moment.
-_WRITE_EVERY = 2.0
+# How long the state of all cells may be written, which of thousands takes a moment: a share of the time, and seconds at once.
+_SHARE, _AT_ONCE = 0.02, 1.0
 
 
 @dataclass
@@ -79,8 +79,10 @@ def opened(plan: Plan, folder: Path) -> Iterator[Sweep]:
                 _check_settings(sweep, cell)
                 sweep.cells[cell.name] = replace(cell, state="done")
         _write(sweep)
-        yield sweep
-        _write(sweep)
+        try:
+            yield sweep
+        finally:
+            _write(sweep)
     finally:
         lock.release()
 
@@ -99,7 +101,8 @@ def refusals(plan: Plan) -> str:
 
 
 def run(sweep: Sweep, workers: Workers) -> Iterator[Event]:
-    """Run the cells that are missing. ``sweep`` is up to date, on disk too, whenever an event comes.
+    """Run the cells that are missing. ``sweep`` is up to date whenever an event comes; on disk too, unless writing would keep
+    the work waiting, and then when it is let go of.
 
     Raises:
         DatasetError: edits that cannot be had.
@@ -116,7 +119,7 @@ def run(sweep: Sweep, workers: Workers) -> Iterator[Event]:
     shared_tasks = {shared.name: shared for of in needs.values() for shared in of}
     sweep.shared = dict.fromkeys(shared_tasks, "waiting")
     workers.submit(*shared_tasks.values(), *(task for task in tasks if not left[task.name]))
-    written = time.monotonic()
+    to_spend, since = _AT_ONCE, time.monotonic()
     for event in workers.events():
         name = event.task.name
         sweep.loads += event.loads
@@ -131,11 +134,12 @@ def run(sweep: Sweep, workers: Workers) -> Iterator[Event]:
                     _note(sweep, cell_of[task.name].name, replace(event, tries=0, seconds=0, error=reason))
                 elif not left[task.name] and sweep.cells[cell_of[task.name].name].state != "failed":
                     workers.submit(task)
-        if time.monotonic() - written > _WRITE_EVERY:
+        now = time.monotonic()
+        to_spend, since = min(_AT_ONCE, to_spend + _SHARE * (now - since)), now
+        if to_spend > 0:
             _write(sweep)
-            written = time.monotonic()
+            to_spend -= time.monotonic() - now
         yield event
-    _write(sweep)
 
 
 def _note(sweep: Sweep, name: str, event: Event) -> None:
@@ -160,16 +164,16 @@ def _tasks(sweep: Sweep, cells: list[Cell]) -> tuple[list[Task], dict[str, list[
     for cell in cells:
         inputs, hparams = plan.inputs(cell), copy.copy(plan.hparams[cell.name])
         own = needs_statistics(hparams) and (inputs.stats_text is not None or cell.model not in world.RECIPES)
-        statistics = f"statistics/{cell.model}" if own else None
+        statistics = f"statistics/{cell.place}" if own else None
         if inputs.stats_text is not None:
             hparams = with_text(hparams, inputs.stats_text)
-        size = "all" if cell.size is None else cell.size
+        data = f"{in_a_name(cell.data)}-{'all' if cell.size is None else cell.size}"
         work = CellWork(
             Method(cell.method, hparams),
             _protocol(cell),
             cell.folder,
-            f"before/{cell.model}/{cell.data}-{size}_seed-{cell.seed}",
-            write_inputs(sweep.folder, inputs, f"inputs/{cell.data}-{size}-{_digest(inputs)}.json"),
+            f"before/{cell.place}/{data}_seed-{cell.seed}",
+            write_inputs(sweep.folder, inputs, f"inputs/{data}-{_digest(inputs)}.json"),
             cell.seed,
             plan.eval_at,
             plan.how,

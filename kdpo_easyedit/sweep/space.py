@@ -94,7 +94,8 @@ class Space:
         depth: how many layers the model has.
 
     Raises:
-        HParamsError: there is no such file; or it names what the hyper-parameters do not have, or hold in another form.
+        HParamsError: there is no such file; it names what the hyper-parameters do not have, or hold in another form; or a
+            present setting has no logarithm to be searched by.
     """
 
     def __init__(self, method: str, hparams: Any, depth: int) -> None:
@@ -107,6 +108,11 @@ class Space:
             if not hasattr(hparams, name):
                 raise HParamsError(f"{path}: names {name!r}, which the hyper-parameters of {method} here do not have")
             for parameter, values, present in self._parameters(path, name, of):
+                if isinstance(values, Range) and values.log and not (present or 0) > 0:
+                    raise HParamsError(
+                        f"{name} is {present!r}; allowed where {method} is tuned: a number above 0, as it is searched by its "
+                        f"logarithm; begin with one from {values.low:g} to {values.high:g} in the YAML"
+                    )
                 self.parameters[parameter], self.present[parameter] = values.around(present), present
 
     def _parameters(self, path: Path, name: str, of: Any) -> list[tuple[str, Range | Choices, Any]]:

@@ -53,7 +53,7 @@ LOG = logging.getLogger(__name__)
 HOW = Measuring(contexts=(), fluency=False)
 #: How far perplexity may rise, in percent, before it counts.
 TOLERATED = 2.0
-# Trials that are chosen at random before the estimator begins.
+# The estimator begins after so many trials that have a score, the present settings' among them.
 _RANDOM = 5
 _JOURNAL = "study.jsonl"
 
@@ -370,7 +370,7 @@ class _Study:
         comment = [
             f"Chosen by kdpo tune for {self.method} on {tuning.name}, on {len(tuning.requests)} development edits "
             f"({tuning.data_name}), which are in no reported table.",
-            f"Tried: {found.trials} trials{failed}, as every method has them: the settings it began with, then by Optuna "
+            f"Tried: {found.trials} trials{failed}: the settings it began with, then by Optuna "
             f"{version('optuna')}'s TPE, seed {tuning.seed}. Space: "
             + "; ".join(f"{name} {words}" for name, words in self.space.words().items())
             + ".",
@@ -413,7 +413,7 @@ def tune(
     """Give every method its trials, as far as they are not done, and write the YAML of each method's best.
 
     Args:
-        methods: each with a YAML of the model's name, and a search space.
+        methods: each with a YAML of the model's name, in a folder of its own, and a search space.
         folder: of the studies; the same call again goes on in it.
         workers: those who run trials; their root is ``folder``.
         save_hparams: where the YAMLs go, as ``METHOD/NAME.yaml``; left out, ``folder/hparams``.
@@ -422,7 +422,7 @@ def tune(
         progress: told how a method stands, at the beginning and after every batch.
 
     Raises:
-        TuneError: a YAML is there that is not this study's, or a trial cannot be run at all.
+        TuneError: a YAML is there that is not this study's, or would be that of two methods; or a trial cannot be run at all.
         HParamsError, HostError, RunError: as :func:`kdpo_easyedit.bench.protocols.compare`.
     """
     if find_spec("optuna") is None:
@@ -430,10 +430,12 @@ def tune(
     folder = folder.resolve()
     into = (save_hparams or folder / "hparams").resolve()
     name = tuning.name
-    studies = {
-        method: _Study(method, tuning, folder / name / method, into / yaml_folder(method) / f"{name}.yaml", overwrite)
-        for method in methods
-    }
+    files = {method: into / yaml_folder(method) / f"{name}.yaml" for method in methods}
+    of_file: dict[Path, str] = {}
+    for method, file in files.items():
+        if (other := of_file.setdefault(file, method)) != method:
+            raise TuneError(f"editing_method names {other} and {method}, which both go into {file}; leave one of them out")
+    studies = {method: _Study(method, tuning, folder / name / method, file, overwrite) for method, file in files.items()}
     with ExitStack() as stack:
         for study in studies.values():
             stack.enter_context(study.opened())

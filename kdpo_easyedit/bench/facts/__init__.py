@@ -28,9 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...method.asking import end_tokens
+from ...method.preference import prompt_ids
+from ..writing import likeliest, write_on
 
 FOLDER = Path(__file__).parent
 #: The model that the files were made with.
@@ -90,26 +92,17 @@ def write(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, str]:
     """What a model writes greedily after each prompt, :data:`_LENGTH` tokens, up to the line's end."""
-    tokens = {prompt: tok(prompt).input_ids for prompt in prompts}
+    tokens = {prompt: prompt_ids(tok, prompt) for prompt in prompts}
     order = sorted(tokens, key=lambda prompt: (len(tokens[prompt]), prompt))  # little padding
     written: dict[str, str] = {}
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
-        texts = tok.batch_decode(_greedy(model, [tokens[prompt] for prompt in some]), skip_special_tokens=True)
-        written |= {prompt: text.strip().split("\n")[0] for prompt, text in zip(some, texts)}
+        ends = end_tokens(model, tok)
+        texts = write_on(model, [tokens[prompt] for prompt in some], [_LENGTH] * len(some), likeliest, end_tokens=ends)
+        for prompt, text in zip(some, texts):
+            written[prompt] = str(tok.decode(text.tokens, skip_special_tokens=True)).strip().split("\n")[0]
         progress(len(written), len(order))
     return written
-
-
-@torch.inference_mode()
-def _greedy(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
-    length = max(map(len, rows))
-    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    generate: Any = model.generate
-    return generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=_LENGTH, do_sample=False, pad_token_id=model.config.eos_token_id
-    )[:, length:]
 
 
 def make(

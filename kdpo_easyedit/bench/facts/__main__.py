@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,7 +42,7 @@ def main() -> int:
     except ModelError as error:
         parser.error(str(error))
     tok = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(args.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(args.device).eval()
 
     def ask(prompts: Iterable[str]) -> dict[str, str]:
         with tqdm(desc="prompts", unit="") as bar:
