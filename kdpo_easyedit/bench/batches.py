@@ -63,11 +63,6 @@ def network(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def context_length(model: Any) -> int | None:
-    """How many tokens a model takes; None where it does not say."""
-    return getattr(network(model).config, "max_position_embeddings", None)
-
-
 def in_batches(
     run: Callable[[list[int]], list[Result]], lengths: Sequence[int], tokens: int | None = None, rows: int | None = None
 ) -> list[Result]:

@@ -15,7 +15,7 @@ from ..easyedit import host
 from ..easyedit.main import decide_at
 from ..easyedit.measuring import edit_quality
 from ..method.asking import context_of
-from ..method.preference import edit_tokens, teacher_forced_negatives
+from ..method.preference import context_length, edit_tokens, has_room, teacher_forced_negatives
 from .answers import answers, exact
 from .batches import Batching
 from .datasets import DatasetError, Request
@@ -291,9 +291,9 @@ def check_length(what: str, text: str, model: Any, tok: Any) -> None:
     Raises:
         DatasetError: it has not; the message begins with ``what``.
     """
-    room, length = getattr(model.config, "max_position_embeddings", None), len(tok(text)["input_ids"])
-    if room and length > room:
-        raise DatasetError(f"{what} have {length} tokens, and the model takes {room}")
+    length = len(tok(text)["input_ids"])
+    if not has_room(model, length):
+        raise DatasetError(f"{what} have {length} tokens, and the model takes {context_length(model)}")
 
 
 def seed_everything(seed: int) -> None:

@@ -471,7 +471,6 @@ def _edit_one_by_one(
         run.write(file, to_json(metrics))
     if judge:
         metrics = _judged(run, judge, f"{name}-{SINGLE}", metrics)
-        run.write(file, to_json(metrics))
     row = summarise(name, SINGLE, metrics, "post")
     return replace(row, tokens_per_second=run.tokens_per_second(f"{name}-{SINGLE}"))
 
@@ -607,7 +606,6 @@ def _edit_in_sequence(
                     run.write(file, to_json(metrics))
                 if last and judge:
                     metrics = _judged(run, judge, f"{name}-{protocol}", metrics)
-                    run.write(file, to_json(metrics))
                 row = with_ability(summarise(name, protocol, metrics, "post"), reading)
                 rows.append(replace(row, tokens_per_second=run.tokens_per_second(at.removesuffix(".json"))))
                 if not last and not progress.disable:  # whoever waits for the rest, or stops here, has these
@@ -629,7 +627,7 @@ def with_ability(row: Summary, able: Mapping[str, Any]) -> Summary:
 
 
 def _judged(run: RunFolder, judge: Judge, what: str, metrics: Sequence[EditMetrics]) -> list[EditMetrics]:
-    """Metrics with the verdicts of the judge; a line where it fails, once."""
+    """Metrics with the verdicts of the judge, on disk too; a line where it fails, once."""
     failed = judge.failure
     with run.measuring(what):
         metrics = judged(judge, metrics)
@@ -639,6 +637,7 @@ def _judged(run: RunFolder, judge: Judge, what: str, metrics: Sequence[EditMetri
             "has what is missing judged",
             file=sys.__stderr__,
         )
+    run.write(f"metrics-{what}.json", to_json(metrics))
     return list(metrics)
 
 

@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ..method.asking import end_tokens
-from ..method.preference import prompt_ids
+from ..method.preference import context_length, prompt_ids
 from .batches import (
     BY_DEVICE,
     Batching,
     MetricsError,
-    context_length,
     in_batches,
     logits_at,
     network,
@@ -157,7 +156,7 @@ def write_on(
     Raises:
         MetricsError: a prompt without tokens, or one that the model has no room for.
     """
-    limit = context_length(model)
+    limit = context_length(network(model))
     for number, ids in enumerate(prompts):
         if not ids or (limit and len(ids) > limit):
             most = f"takes {limit} at most" if ids else "needs one to begin with"

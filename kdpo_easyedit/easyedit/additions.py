@@ -13,6 +13,7 @@ import regex
 import torch
 from torch import nn
 
+from ..method.preference import context_length
 from .host import ALG_DICT, IS_RELEASE, easyeditor, submodule
 
 Request = Mapping[str, Any]
@@ -137,7 +138,7 @@ class Retrieval(nn.Module):
         """The tokens to put before a sequence; fewer edits where the model would have no room."""
         asked = ids if self.key_id == -1 else ids[: self.key_id + 1]
         chosen = self.similar(self.tok.decode(asked, skip_special_tokens=True))
-        limit = getattr(self.config, "max_position_embeddings", None) or math.inf
+        limit = context_length(self) or math.inf
         while chosen:
             lines = "".join(f"{_sentence(edit)}.\n" for edit in chosen)
             before: list[int] = self.tok(lines)["input_ids"]

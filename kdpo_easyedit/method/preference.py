@@ -161,9 +161,14 @@ def edit_tokens(tok: Any, prompt: str, target: str, device: torch.device | str =
     return EditTokens(torch.tensor([ids], device=device), length)
 
 
+def context_length(model: Any) -> int | None:
+    """How many tokens a model takes; None where its configuration does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def has_room(model: Any, length: int) -> bool:
-    """Whether a model takes as many tokens; where its configuration does not say how many it takes, any number."""
-    room = getattr(model.config, "max_position_embeddings", None)
+    """Whether a model takes as many tokens, as far as it says."""
+    room = context_length(model)
     return not room or length <= room
 
 
@@ -175,8 +180,7 @@ def check_room(model: Any, edit: EditTokens, prompt: str) -> None:
     """
     length = edit.input_ids.shape[1]
     if not has_room(model, length):
-        room = model.config.max_position_embeddings
-        raise ValueError(f"prompt and target_new have {length} tokens, and the model takes {room}: {prompt!r}")
+        raise ValueError(f"prompt and target_new have {length} tokens, and the model takes {context_length(model)}: {prompt!r}")
 
 
 def in_one_batch(edits: Sequence[EditTokens]) -> Tensor:

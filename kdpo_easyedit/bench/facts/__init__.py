@@ -95,9 +95,9 @@ def write(
     tokens = {prompt: prompt_ids(tok, prompt) for prompt in prompts}
     order = sorted(tokens, key=lambda prompt: (len(tokens[prompt]), prompt))  # little padding
     written: dict[str, str] = {}
+    ends = end_tokens(model, tok)
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
-        ends = end_tokens(model, tok)
         texts = write_on(model, [tokens[prompt] for prompt in some], [_LENGTH] * len(some), likeliest, end_tokens=ends)
         for prompt, text in zip(some, texts):
             written[prompt] = str(tok.decode(text.tokens, skip_special_tokens=True)).strip().split("\n")[0]
