@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-# Before the package is imported: nothing is written to the user's cache, and no hub is asked for anything.
+# Before the package and torch are imported: nothing is written to the user's cache, and no hub is asked for anything.
 os.environ.setdefault("KDPO_CACHE", tempfile.mkdtemp(prefix="kdpo-tests-"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread, here and in the processes that tests start: what is compared to the bit does not depend on how threads share a
+# product, models as small as these gain nothing from more, and processes side by side do not wait for one another's threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

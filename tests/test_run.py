@@ -250,9 +250,8 @@ def test_the_default_run_is_the_main_job_on_the_real_model(tmp_path):
     openings, held_out = wikipedia_openings()
     (tmp_path / "text.txt").write_text("\n".join(openings[:30]))
     (tmp_path / "read.txt").write_text("\n".join(held_out[:3]))
-    done = run(
-        "--ds_size", 1, "--stats_text", "text.txt", "--ability_text", "read.txt", "--no_fluency", folder=tmp_path, timeout=3000
-    )
+    flags = "--ds_size", 1, "--stats_text", "text.txt", "--ability_text", "read.txt", "--no_fluency"
+    done = run(*flags, folder=tmp_path, timeout=3000, OMP_NUM_THREADS=str(os.cpu_count()))  # as users run it; one takes long
     assert done.returncode == 0, done.stderr
     rows = {(row["method"], row["protocol"]): row for row in json.loads((tmp_path / "output" / "summary.json").read_text())}
     assert list(rows) == [(m, p) for p in ("single", "sequential") for m in ("KDPO", "KDPO+C", "FT", "ROME", "MEMIT")]
