@@ -139,6 +139,17 @@ def test_a_yaml_of_easyedits_for_wise_is_understood(tmp_path):
             load_hparams("WISE", written(tmp_path, config | {"act_margin": wrong}))
 
 
+@pytest.mark.skipif(not on_main(), reason="EAMET is for EasyEdit's main branch")
+def test_one_weight_of_eamet_is_every_layers(tmp_path):
+    config = yaml.safe_load((HPARAMS_DIR / "EAMET" / "smollm2-135m.yaml").read_text())
+    for weight, weights in ((50, [50, 50]), ([10, 20.0], [10, 20.0])):
+        hparams = load_hparams("EAMET", written(tmp_path, config | {"layers": [3, 4], "mom2_update_weight": weight}))
+        assert hparams.mom2_update_weight == weights
+    for wrong in ([10], ["10", 20], "many"):
+        with pytest.raises(HParamsError, match=r"mom2_update_weight is .*; allowed: a number, or one for each of the 2 layers"):
+            load_hparams("EAMET", written(tmp_path, config | {"layers": [3, 4], "mom2_update_weight": wrong}))
+
+
 def test_fine_tuning_has_its_two_names():
     assert find_hparams("FT-L", "world") == find_hparams("FT", "world") != find_hparams("FT-M", "llama-2-7b")
 

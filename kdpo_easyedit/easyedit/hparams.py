@@ -72,6 +72,8 @@ def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, 
         config |= dict.fromkeys(left_out)
         check_keys(cls, config)
         _check_values(cls, config)
+        if algorithm == "EAMET":
+            _one_a_layer(config)
         hparams = cls(**config)
         set_dtype(hparams, dtype)
     except HParamsError as error:
@@ -101,6 +103,19 @@ def _check_values(cls: type, config: Mapping[str, Any]) -> None:
         # EasyEdit's annotations say int where its YAMLs have fractions, and that of a device, which may be text.
         if f.type in (int, float, "int", "float") and f.name != "device" and not isinstance(value, int | float | None):
             raise HParamsError(f"{f.name} is {value!r}; allowed: a number")
+
+
+def _one_a_layer(config: dict[str, Any]) -> None:
+    """Let EAMET's mom2_update_weight be one number a layer; one alone is every layer's, as EasyEdit's own loader has it.
+
+    Raises:
+        HParamsError: it is neither.
+    """
+    value, layers = config["mom2_update_weight"], config["layers"]
+    weights = value if isinstance(value, list) else [value] * len(layers)
+    if len(weights) != len(layers) or not all(isinstance(weight, int | float) for weight in weights):
+        raise HParamsError(f"mom2_update_weight is {value!r}; allowed: a number, or one for each of the {len(layers)} layers")
+    config["mom2_update_weight"] = weights
 
 
 def run_as(hparams: Any, device: str | None, dtype: str | None) -> None:
