@@ -239,6 +239,8 @@ def test_module_names_that_are_left_out_are_those_of_easyedits_yamls(path):
     model = tiny(next(name for start, name in OF.items() if path.stem.startswith(start)))[0]
     named, names = copy.copy(hparams), _follow_from_family(hparams.alg_name) & vars(hparams).keys()
     vars(named).update(dict.fromkeys(names))
+    if hasattr(named, "layers"):  # which the tiny model lacks
+        named.layers = [0]
     named = filled_in(named, model)
     for name in names:
         expected, found = getattr(hparams, name), getattr(named, name)
