@@ -148,6 +148,8 @@ def test_one_weight_of_eamet_is_every_layers(tmp_path):
     for wrong in ([10], ["10", 20], "many"):
         with pytest.raises(HParamsError, match=r"mom2_update_weight is .*; allowed: a number, or one for each of the 2 layers"):
             load_hparams("EAMET", written(tmp_path, config | {"layers": [3, 4], "mom2_update_weight": wrong}))
+    with pytest.raises(HParamsError, match="layers is None; allowed: a list of layer numbers"):
+        load_hparams("EAMET", written(tmp_path, config | {"layers": None}))
 
 
 def test_fine_tuning_has_its_two_names():

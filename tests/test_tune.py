@@ -337,6 +337,13 @@ def test_what_has_no_logarithm_is_told(monkeypatch):
     assert Space("ROME", SimpleNamespace(kl_factor=5e-3), 31).words() == {"kl_factor": "0.005 to 4, log"}
 
 
+def test_weights_that_differ_from_layer_to_layer_are_told(monkeypatch):
+    monkeypatch.setattr(space, "read_space", lambda _: {"mom2_update_weight": {"from": 10.0, "to": 100.0}})
+    assert Space("EAMET", SimpleNamespace(mom2_update_weight=[20, 20]), 31).present == {"mom2_update_weight": 20}
+    with pytest.raises(HParamsError, match=r"mom2_update_weight is \[20, 30\]; allowed where EAMET is tuned: the same"):
+        Space("EAMET", SimpleNamespace(mom2_update_weight=[20, 30]), 31)
+
+
 def test_numbers_are_short():
     class Long:
         def suggest_float(self, name: str, low: float, high: float, log: bool = False) -> float:

@@ -87,9 +87,8 @@ def _check_values(cls: type, config: Mapping[str, Any]) -> None:
     Raises:
         HParamsError: one is not.
     """
-    layers = config.get("layers")
-    if layers is not None and not are_layers(layers):
-        raise HParamsError(f"layers is {layers!r}; allowed: a list of layer numbers, counted from 0")
+    if "layers" in config and not are_layers(config["layers"]):
+        raise HParamsError(f"layers is {config['layers']!r}; allowed: a list of layer numbers, counted from 0")
     for key in _MODULES:
         value = config.get(key)
         if key.endswith("_tmp") and value is not None and not is_template(value):

@@ -119,9 +119,11 @@ class Space:
         """What Optuna chooses for a hyper-parameter, and what it is now."""
         value = getattr(self.hparams, name)
         keys = of.keys() if isinstance(of, dict) else set()
-        if isinstance(value, list) and name not in ("layers", "inner_params") and len(set(value)) == 1:
-            value = value[0]  # EAMET's weights, one for every layer: where a YAML names one, they all have it
         if {"from", "to"} <= keys <= {"from", "to", "log"}:
+            if isinstance(value, list):  # EAMET's weights, a layer each: what is chosen is every layer's
+                if len(set(value)) != 1:
+                    raise HParamsError(f"{name} is {value!r}; allowed where {path.stem} is tuned: the same for every layer")
+                value = value[0]
             return [(name, Range(of["from"], of["to"], of.get("log", False)), value)]
         if keys == {"choices"}:
             return [(name, Choices(tuple(of["choices"])), value)]
