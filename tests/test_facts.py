@@ -252,6 +252,46 @@ def test_the_command_asks_for_a_folder_of_edits(monkeypatch, capsys, tmp_path):
     assert re.search(r"development\.json: edit: (\d) of \1 \(100\.0%\)", capsys.readouterr().out)
 
 
+def test_what_another_model_knows():
+    """``keep``: of three records the second is not known, and of the first some questions are not, or are known already."""
+    first, second, third = records = [r for r in RECORDS["reported"] if sum(map(len, r["portability"].values())) > 1][:3]
+    right = {prompt: answer for record in records for some in claims(record).values() for prompt, answer in some}
+    right[second["prompt"]] = "something else"
+    unknown, known_already = asked(first, "locality")[0]["prompt"], asked(first, "portability")[0]
+    right |= {unknown: "something else", first["rephrase_prompt"][0]: "something else"}
+    right[known_already["prompt"]] = known_already["ground_truth"][0]
+    questions = []
+
+    def write(prompts):
+        questions.extend(prompts)
+        return {prompt: right[prompt] or "something else" for prompt in prompts}
+
+    kept = facts.keep(records, write)
+    assert [record["subject"] for record in kept] == [first["subject"], third["subject"]]
+    assert kept[0]["rephrase_prompt"] == first["rephrase_prompt"][1:]
+    assert asked(kept[0], "locality") == asked(first, "locality")[1:]
+    assert asked(kept[0], "portability") == asked(first, "portability")[1:]
+    assert {**kept[1], "written": {}} == {**third, "written": {}}
+    assert set(kept[0]["written"]) == {prompt for some in claims(kept[0]).values() for prompt, _ in some}
+    assert len(questions) == len(set(questions)), "nothing is asked twice"
+    assert not set(questions) & {item["said"] for item in asked(second, "portability")}, "no more of what is not known"
+
+
+@real
+def test_the_command_keeps_what_is_known(monkeypatch, tmp_path):
+    """The model of the files knows them: ``keep`` gives records in which it says all that they claim."""
+    sample = {split: RECORDS[split][:2] for split in FILES}
+    for split, records in sample.items():
+        (tmp_path / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
+    monkeypatch.setattr("kdpo_easyedit.bench.facts.__main__.FILES", {split: tmp_path / f"{split}.json" for split in FILES})
+    monkeypatch.setattr("sys.argv", ["facts", "keep", "--folder", str(tmp_path / "new")])
+    assert facts_command() == 0
+    for split, records in sample.items():
+        kept = json.loads((tmp_path / "new" / f"{split}.json").read_text(encoding="utf-8"))
+        assert [record["prompt"] for record in kept] == [record["prompt"] for record in records]
+        assert all(says(kept[0]["written"][prompt], answer) for prompt, answer in claims(kept[0])["locality"])
+
+
 @real
 def test_the_model_says_what_is_claimed():
     """A sample; ``python -m kdpo_easyedit.bench.facts check`` asks for everything."""

@@ -2,7 +2,8 @@
 
 ``known.json`` is where they come from: for every relation several wordings, subjects and their true answers, written for
 this project from general knowledge. ``python -m kdpo_easyedit.bench.facts make`` lets the model go on greedily from every
-wording, keeps what it knows, and composes the edits, in KnowEdit's layout; ``… check`` asks again for all that they hold.
+wording, keeps what it knows, and composes the edits, in KnowEdit's layout; ``… check`` asks again for all that they hold;
+``… keep`` leaves of these edits those that another model knows, with a tenth of the questions that ``make`` has to ask it.
 
 * The model says an answer where what it writes begins with it, in whatever letters, and the word ends there. It knows a fact
   where it says the answer in at least two of the relation's wordings. Every prompt of an edit, and every rephrasing without
@@ -361,3 +362,42 @@ def check(records: list[dict[str, Any]], write: Write) -> dict[str, tuple[int, i
             counts[kind].update(says(written[prompt], answer) for prompt, answer in claimed if answer is not None)
         counts["written"].update(written[prompt] == text for prompt, text in record["written"].items())
     return {kind: (count[True], count.total()) for kind, count in counts.items()}
+
+
+def keep(records: list[dict[str, Any]], write: Write) -> list[dict[str, Any]]:
+    """Of records, those that another model knows: it answers the prompt, and says the new answer of somebody else.
+
+    Of their rephrasings and questions those stay whose answers it says, and that an edit has yet to bring about. The rephrasing
+    after unrelated text stays.
+    """
+    written = write({prompt for record in records for prompt in (record["prompt"], record["target_said"])})
+
+    def said(prompt: str, answer: str) -> bool:
+        return says(written[prompt], answer)
+
+    known = [
+        record
+        for record in records
+        if said(record["prompt"], record["ground_truth"][0]) and said(record["target_said"], record["target_new"])
+    ]
+    written |= write({prompt for record in known for prompt in _prompts(record)} - written.keys())
+    kept = []
+    for record in known:
+        *rephrased, before = record["rephrase_prompt"]
+        record = {
+            **record,
+            "rephrase_prompt": [*(prompt for prompt in rephrased if said(prompt, record["ground_truth"][0])), before],
+            "locality": _left(record["locality"], lambda item: said(item["prompt"], item["ground_truth"][0])),
+            "portability": _left(
+                record["portability"],
+                lambda item: said(item["said"], item["ground_truth"][0]) and not said(item["prompt"], item["ground_truth"][0]),
+            ),
+        }
+        record["written"] = {prompt: written[prompt] for prompt in _prompts(record)}
+        kept.append(record)
+    return kept
+
+
+def _left(questions: dict[str, list[Any]], holds: Callable[[Any], bool]) -> dict[str, list[Any]]:
+    """Questions by their kinds, those for which something holds; no kind without one."""
+    return {kind: left for kind, items in questions.items() if (left := [item for item in items if holds(item)])}

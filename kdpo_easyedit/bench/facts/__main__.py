@@ -1,4 +1,5 @@
-"""Makes the edits of real facts, or asks the model again for all that they claim: see the package's documentation."""
+"""Makes the edits of real facts, asks the model again for all that they claim, or keeps those that another model knows: see the
+package's documentation."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ... import files
 from ...models.packed import ModelError, is_packed, model_folder
-from . import FILES, FOLDER, MODEL, check, load_known, make, write
+from . import FILES, FOLDER, MODEL, check, keep, load_known, make, write
 
 SIZES = {"development": 150, "reported": 330}
 #: The unrelated text before a rephrasing may well change what the model says; nothing is claimed of it.
@@ -26,14 +27,14 @@ ENOUGH = 0.97
 def main() -> int:
     """The command. Returns its exit status: 1 where the model no longer says what the files claim."""
     parser = argparse.ArgumentParser(prog="python -m kdpo_easyedit.bench.facts", description=__doc__)
-    parser.add_argument("command", choices=("make", "check"))
+    parser.add_argument("command", choices=("make", "check", "keep"))
     parser.add_argument("--model", default=MODEL, help="a known name, a .gguf, or a folder (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--folder", type=Path, default=FOLDER, help="where the two files are, or are to be (default: the package's own)"
     )
     args = parser.parse_args()
-    if args.command == "make" and args.model != MODEL and args.folder == FOLDER:
+    if args.folder == FOLDER and (args.command == "keep" or (args.command == "make" and args.model != MODEL)):
         parser.error(f"the package's own edits are of {MODEL}; name a folder for those of {args.model} with --folder")
     paths = {split: args.folder / file.name for split, file in FILES.items()}
 
@@ -53,9 +54,13 @@ def main() -> int:
 
             return write(model, tok, prompts, progress=progress)
 
-    if args.command == "make":
+    if args.command != "check":
         args.folder.mkdir(parents=True, exist_ok=True)
-        for split, records in make(*load_known(), ask, SIZES).items():
+        if args.command == "make":
+            made = make(*load_known(), ask, SIZES)
+        else:
+            made = {split: keep(json.loads(file.read_text(encoding="utf-8")), ask) for split, file in FILES.items()}
+        for split, records in made.items():
             with files.whole(paths[split]) as path:
                 path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             print(f"{paths[split]}: {len(records)} edits")
