@@ -3,7 +3,7 @@
 ``known.json`` is where they come from: for every relation several wordings, subjects and their true answers, written for
 this project from general knowledge. ``python -m kdpo_easyedit.bench.facts make`` lets the model go on greedily from every
 wording, keeps what it knows, and composes the edits, in KnowEdit's layout; ``… check`` asks again for all that they hold;
-``… keep`` leaves of these edits those that another model knows, with a tenth of the questions that ``make`` has to ask it.
+``… keep`` leaves of these edits those that another model knows, with a fifth of the questions that ``make`` has to ask it.
 
 * The model says an answer where what it writes begins with it, in whatever letters, and the word ends there. It knows a fact
   where it says the answer in at least two of the relation's wordings. Every prompt of an edit, and every rephrasing without
