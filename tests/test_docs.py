@@ -23,8 +23,6 @@ PARSERS = {name: argparse.ArgumentParser(prog=name, exit_on_error=False) for nam
 for _name, _parser in PARSERS.items():
     importlib.import_module(f"kdpo_easyedit.cli.{_name.replace('-', '_')}").add_arguments(_parser)
 
-# Told of before it is there: how the world that comes with the package is made again.
-
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

@@ -12,6 +12,7 @@ from ..method.config import (
     HParamsError,
     KDPOHyperParams,
     are_layers,
+    check_layers,
     check_keys,
     find_hparams,
     is_template,
@@ -164,9 +165,7 @@ def filled_in(hparams: Any, model: Any) -> Any:
     """
     if isinstance(hparams, KDPOHyperParams):
         return hparams.for_model(model)
-    depth = model.config.get_text_config().num_hidden_layers
-    if too_far := [layer for layer in getattr(hparams, "layers", None) or [] if layer >= depth]:
-        raise HParamsError(f"layers holds {too_far[0]}; allowed: 0 to {depth - 1}, the layers of this model")
+    check_layers(getattr(hparams, "layers", None) or [], model.config.get_text_config().num_hidden_layers)
     hparams = copy.copy(hparams)
     missing = [key for key in _MODULES if getattr(hparams, key, "") is None]
     if not missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -401,12 +401,10 @@ class KDPOHyperParams:
             HParamsError: a layer or a template that the model does not have, or a projection that is not dense.
         """
         named, modules = self.for_model(model), dict(model.named_modules(remove_duplicate=False))
-        for layer in sorted(self.layers):
-            if named.layer_module_tmp.format(layer) not in modules:
-                depth = sum(named.layer_module_tmp.format(n) in modules for n in range(len(modules)))
-                if not depth:
-                    raise _no_match("layer_module_tmp", named.layer_module_tmp, modules)
-                raise HParamsError(f"layers holds {layer}; allowed: 0 to {depth - 1}, the layers of this model")
+        depth = sum(named.layer_module_tmp.format(n) in modules for n in range(len(modules)))
+        if not depth:
+            raise _no_match("layer_module_tmp", named.layer_module_tmp, modules)
+        check_layers(self.layers, depth)
         for key in ("mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module"):
             value = getattr(named, key)
             if value is not None and value.replace("{}", str(self.layers[0])) not in modules:
@@ -461,6 +459,16 @@ def _check_adapter(name: str, module: Any) -> None:
             f"rewrite_module_tmp leads to {name}, with a variant of LoRA (DoRA or the like) that may read the weight which "
             f"would be edited, that of {name}.base_layer: merge the adapter first, by merge_and_unload, or take it off"
         )
+
+
+def check_layers(layers: Iterable[int], depth: int) -> None:
+    """Refuse layers that a model of ``depth`` layers does not have.
+
+    Raises:
+        HParamsError: one of them.
+    """
+    if too_far := [layer for layer in layers if layer >= depth]:
+        raise HParamsError(f"layers holds {min(too_far)}; allowed: 0 to {depth - 1}, the layers of this model")
 
 
 def _no_match(key: str, value: str, modules: dict[str, torch.nn.Module]) -> HParamsError:
