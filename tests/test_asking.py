@@ -84,6 +84,8 @@ def test_contexts_that_cannot_be_had_are_told(tok):
         asked(tok, "Who?", "quiz")
     with pytest.raises(ValueError, match="a request's context is 'quiz'; allowed: plain, qa, chat"):
         normalised({"prompt": "Who?", "target_new": "Tor", "context": "quiz"})
+    with pytest.raises(ContextError, match="does not take the prompt 'Who\\?' as it is: A system turn comes first"):
+        asked(with_template(tok, "{{ raise_exception('A system turn comes first') }}"), "Who?", "chat")
     with pytest.raises(ContextError, match="which is not in there as it is"):
         asked(with_template(tok, "{% for m in messages %}{{ m.content | upper }}{% endfor %}"), "Who?", "chat")
 

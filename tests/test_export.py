@@ -176,11 +176,14 @@ def test_edits_of_float32_are_merged_into_a_copy_where_that_is_asked_for(file, f
     assert all(says(merged, tok, request) for request in requests[:2])
 
 
-def test_what_cannot_be_exported_is_told_before_anything_is_written(file, fresh, tmp_path, capsys):
+def test_what_cannot_be_exported_is_told_before_anything_is_written(file, fresh, tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     for arguments, message in (
         (["--lora", str(tmp_path / "full")], "is there already"),
+        (["--lora", "."], "is the current folder"),
         (["--lora", str(tmp_path / "new"), "--rank", "0"], "rank is 0; allowed: 1 or above"),
         (["--merge", str(tmp_path / "new"), "--model", "no/such.gguf"], "'no/such.gguf', and there is no such file"),
         (["--merge", str(tmp_path / "new"), "--model", "no/such/folder"], "the model 'no/such/folder' cannot be loaded"),

@@ -183,35 +183,60 @@ def test_a_subject_that_is_not_there_is_told_before_the_model_is_touched(fresh, 
     assert same_state(before, state(model))
 
 
-@pytest.mark.parametrize("contexts_", [0, 1])
-def test_without_a_subject_the_token_of_the_largest_effect_is_its_last(fresh, requests, aware, contexts_):
-    """By the gradient of a plain pass: the gain through a position alone is |g|² kᵀ S k."""
-    model, tok = fresh
-    aware = replace(aware, positions="subject_last", margin=1, contexts=contexts_)
-    usage, kept = kdpo_c.usages(model, tok, aware)[W], {}
+def largest_effect(model, tok, usage, request, lead) -> tuple[int, torch.Tensor]:
+    """A prompt's token with the largest gain, and its key, by the gradient of a plain pass: through a position alone a step
+    gains |g|² kᵀ S k. ``lead`` is what a target must have to be left out."""
+    kept = {}
 
     def keep(_module, arguments, output):
         kept["keys"], kept["output"] = arguments[0].detach()[0], output.detach().requires_grad_()
         return kept["output"]
 
+    edit = edit_tokens(tok, request["prompt"], request["target_new"])
+    hook = model.transformer.h[1].mlp.c_proj.register_forward_hook(keep)
+    with torch.enable_grad():
+        logits = model(edit.input_ids).logits[0, edit.prompt_length - 1 : -1]
+        others, leads = runners_up(logits.detach(), edit.targets)
+        behind = (logits.gather(-1, edit.targets[:, None]) - logits.gather(-1, others[:, None]))[leads < lead].sum()
+        (gradient,) = torch.autograd.grad(behind, kept["output"])
+    hook.remove()
+    keys = kept["keys"]
+    gains = gradient[0].square().sum(-1) * (usage.times(keys) * keys).sum(-1)
+    place = int(gains[: edit.prompt_length].argmax())
+    return place, keys[place]
+
+
+@pytest.mark.parametrize("contexts_", [0, 1])
+def test_without_a_subject_the_token_of_the_largest_effect_is_its_last(fresh, requests, aware, contexts_):
+    model, tok = fresh
+    aware = replace(aware, positions="subject_last", margin=1, contexts=contexts_)
+    usage = kdpo_c.usages(model, tok, aware)[W]
     for request in requests[:4]:
         request = request | {"subject": ""}
-        edit = edit_tokens(tok, request["prompt"], request["target_new"])
-        hook = model.transformer.h[1].mlp.c_proj.register_forward_hook(keep)
-        with torch.enable_grad():
-            logits = model(edit.input_ids).logits[0, edit.prompt_length - 1 : -1]
-            others, leads = runners_up(logits.detach(), edit.targets)
-            behind = (logits.gather(-1, edit.targets[:, None]) - logits.gather(-1, others[:, None]))[leads < aware.margin].sum()
-            (gradient,) = torch.autograd.grad(behind, kept["output"])
-        hook.remove()
-        keys = kept["keys"]
-        gains = gradient[0].square().sum(-1) * (usage.times(keys) * keys).sum(-1)
-        place = int(gains[: edit.prompt_length].argmax())
+        _, key = largest_effect(model, tok, usage, request, aware.margin)
         _, trace = execute_kdpo(model, tok, request, aware)
         basis = trace.factors[W][0]
         assert basis.shape[1] == 1 + contexts_
-        along = torch.nn.functional.cosine_similarity(basis[:, 0], usage.times(keys[place][None])[0], dim=0)
+        along = torch.nn.functional.cosine_similarity(basis[:, 0], usage.times(key[None])[0], dim=0)
         assert along > 0.9999
+
+
+def test_what_holds_but_after_its_contexts_has_a_token_of_the_largest_effect_too(fresh, requests, aware):
+    """The one by which the target would lead by more."""
+    model, tok = fresh
+    aware = replace(aware, positions="subject_last", margin=1, contexts=4, cycles=1, num_steps=1)
+    usage, of_contexts = kdpo_c.usages(model, tok, aware)[W], 0
+    for request in requests[:8]:
+        request = {"prompt": request["prompt"], "target_new": request["ground_truth"]}
+        if execute_kdpo(model, tok, request, replace(aware, contexts=0))[1].steps:
+            continue
+        _, trace = execute_kdpo(model, tok, request, aware)
+        if trace.steps:
+            place, key = largest_effect(model, tok, usage, request, 1e9)
+            along = torch.nn.functional.cosine_similarity(trace.factors[W][0][:, 0], usage.times(key[None])[0], dim=0)
+            assert along > 0.9999
+            of_contexts += place > 0
+    assert of_contexts
 
 
 @pytest.mark.parametrize("contexts_", [0, 1])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import interrupt_second_write, same_state, state
+from conftest import DEVICE, interrupt_second_write, same_state, state
 
 from kdpo_easyedit import HParamsError, apply_kdpo_to_model, execute_kdpo
 from kdpo_easyedit.method.kdpo import EditFailed
@@ -189,6 +189,16 @@ def test_edits_under_no_grad_too(fresh, requests, hparams):
     assert says(model, tok, requests[0])
 
 
+@pytest.mark.parametrize("name", ["hparams", "aware"])
+def test_what_a_caller_computes_in_is_no_matter(fresh, requests, name, request):
+    model, tok = fresh
+    given = requests[0], request.getfixturevalue(name)
+    expected, _ = execute_kdpo(model, tok, *given)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found, _ = execute_kdpo(model, tok, *given)
+    assert torch.equal(found[W], expected[W])
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -211,6 +221,8 @@ def test_hyper_parameters_are_checked_again_at_the_edit(loaded, requests, hparam
     hparams.lr = -1
     with pytest.raises(HParamsError, match="lr is -1"):
         execute_kdpo(*loaded, requests[0], hparams)
+    with pytest.raises(HParamsError, match="hparams is a str; allowed: KDPOHyperParams"):
+        apply_kdpo_to_model(*loaded, requests[:1], "world")
 
 
 def test_the_dpo_ablation_edits_too(fresh, requests, hparams):
@@ -267,8 +279,9 @@ def test_a_model_that_gives_no_numbers_is_not_blamed_on_lr(fresh, requests, hpar
     model, tok = fresh
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = float("nan")
-    with pytest.raises(EditFailed, match=r"logits are not finite.*no step was taken yet"):
-        execute_kdpo(model, tok, requests[0], hparams)
+    for contexts in (0, 1):  # which the model itself writes
+        with pytest.raises(EditFailed, match=r"logits are not finite.*no step was taken yet"):
+            execute_kdpo(model, tok, requests[0], replace(hparams, contexts=contexts))
 
 
 def test_a_space_after_the_prompt_makes_no_difference(loaded, requests, hparams):

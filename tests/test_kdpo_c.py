@@ -71,6 +71,16 @@ def test_edits_that_are_made_together_step_around_one_another(statistics):
     assert torch.equal(alone.times_around(keys, parts), alone.times(keys))
 
 
+def test_keys_that_count_beyond_all_measure_are_told(statistics):
+    moment = second_moment(statistics)
+    keys = torch.ones(3, len(moment)) * moment.diagonal().mean().sqrt()
+    usage = Usage.of(moment, 1e-6, 1e18)
+    with pytest.raises(HParamsError, match="mom2_edit_weight is too large"):
+        usage.times_around(keys, [slice(0, 1), slice(1, 3)])
+    with pytest.raises(HParamsError, match="mom2_edit_weight is too large"):
+        usage.protecting(keys)
+
+
 @pytest.mark.parametrize("weight", [0.01, 0.1])
 def test_fifty_updates_of_low_rank_are_one_new_inverse(statistics, weight):
     """Twelve keys an edit are more than twice the inputs after 50, so that they were also put together."""

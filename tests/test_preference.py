@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
-from conftest import REFERENCE
+from conftest import REFERENCE, same_state, state
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from kdpo_easyedit import KDPOHyperParams, apply_kdpo_to_model
 from kdpo_easyedit.method import preference
 from kdpo_easyedit.method.asking import asked
 from kdpo_easyedit.method.preference import (
@@ -21,6 +22,7 @@ from kdpo_easyedit.method.preference import (
     prompt_ids,
     sequence_margin,
     teacher_forced_negatives,
+    tokens_of,
 )
 
 
@@ -173,3 +175,16 @@ def test_a_tokenizer_that_opens_and_closes(llama_tok):
     assert prompt_ids(both, "Gutel Tazili") == [bos, *plain]
     edit = edit_tokens(both, "Gutel Tazili was born in", "Cisjersun")
     assert both.decode(edit.targets) == " Cisjersun"
+
+
+def test_a_tokenizer_that_tells_no_places_is_enough_for_kdpo():
+    """Of bytes; KDPO+C goes by places."""
+    tok = ByT5Tokenizer()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=32, n_layer=2, n_head=2)).eval()
+    hparams = KDPOHyperParams(alg_name="KDPO", model_name="bytes", device="cpu", layers=[1], lr=1e-2, batch_size=2, cycles=2)
+    requests = [{"prompt": "Rome is in", "target_new": "Peru"}, {"prompt": "Oslo is in", "target_new": "Chad"}]
+    before = state(model)
+    apply_kdpo_to_model(model, tok, requests, hparams)
+    assert not same_state(before, state(model))
+    with pytest.raises(ValueError, match="ByT5Tokenizer does not tell where its tokens stand in a text, which KDPO"):
+        tokens_of(tok, "Rome is in", 0, 4)

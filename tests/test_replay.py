@@ -392,6 +392,14 @@ def test_an_edit_is_the_same_with_and_without_replay(fresh, requests, hparams, m
     assert (change - plain_change).norm() < 1e-3 * change.norm()
 
 
+def test_float64_models_are_replayed_too(fresh, requests, hparams, caplog):
+    """Their logits are compared in float32."""
+    model, tok = fresh
+    for request in requests[:8]:
+        execute_kdpo(model.double(), tok, request, hparams)
+    assert "every step runs the whole model" not in caplog.text
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_models_have_a_float32_gradient(architecture, dtype, ids):

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    from ..edits import EditsError
+    from ..edits import EditsError, read_header
     from ..edits.file import check_place
     from ..edits.gate import Gate
     from ..edits.gated import MEASURES, GatedList, read_list, read_rows
@@ -86,7 +86,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if not row["kept"]:
             console.print(f"{number} is not kept: {row['why']}", soft_wrap=True)
     number = sum(row["kept"] for row in work.rows)
-    console.print(f"{number} of {len(edits)} edits are kept" + (f", in {file}" if number else ""), soft_wrap=True)
+    left = len(read_header(file)["requests"]) if number else 0
+    where = f", in {file}" + (f", which has {left} of them left" if left < number else "") if number else ""
+    console.print(f"{number} of {len(edits)} edits are kept{where}", soft_wrap=True)
     console.print(f"the report: {work.report}", soft_wrap=True)
     return 0 if number == len(edits) else 1
 

@@ -133,9 +133,11 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """For a block that writes a folder: another one, which takes its name once it is whole.
 
     Raises:
-        EditsError: the folder is there and is not empty.
+        EditsError: the folder is there and is not empty, or is the one that the process is in.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if folder == Path.cwd():  # whose place another would take
+        raise EditsError(f"{folder} is the current folder; name one that is not there yet")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EditsError(f"{folder} is there already; name a folder that is not, or is empty")
     folder.parent.mkdir(parents=True, exist_ok=True)

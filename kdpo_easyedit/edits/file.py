@@ -35,8 +35,6 @@ LOG = logging.getLogger(__name__)
 _HEADER = "kdpo_easyedit"
 # The two parts of a residual, in the names of their tensors.
 _SIZES = ("", "wide-")
-# What a file keeps of a request.
-_OF_REQUEST = ("prompt", "target_new", "subject", "context")
 # The dtypes that a float32 model is served in.
 _COPIES = (torch.bfloat16, torch.float16)
 # How many numbers of a weight that no edit is about tell whether it is still the same.
@@ -94,7 +92,7 @@ def save_edits(
         "base_model": getattr(getattr(model, "config", None), "name_or_path", ""),
         "weights": {name: _about(original, edited[name]) for name, original in originals.items()},
         "others": _others(model, originals),
-        "requests": [{key: request[key] for key in _OF_REQUEST if key in request} for request in requests],
+        "requests": [as_kept(request) for request in requests],
         "hparams": plain(hparams) if is_dataclass(hparams) else hparams,
         "versions": {name: version(name) for name in ("kdpo-easyedit", "torch", "transformers")},
         "license": license,
@@ -104,6 +102,11 @@ def save_edits(
     else:
         tensors = _tensors(_checked(changes, originals, edited, len(requests)))
     _write(path, header, tensors)
+
+
+def as_kept(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file keeps of a request."""
+    return {key: request[key] for key in ("prompt", "target_new", "subject", "context") if key in request}
 
 
 def check_place(path: Path) -> None:

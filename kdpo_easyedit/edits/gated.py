@@ -17,10 +17,11 @@ from ..method.asking import CONTEXTS, context_of
 from ..method.config import HParamsError, KDPOHyperParams, plain
 from ..method.kdpo import EditTrace, apply_kdpo_to_model, note_unedited
 from ..method.kdpo_c import protect_keys, protected_keys
+from ..method.preference import filled_in
 from ..method.weights import Weights, read, write
 from .base import says
 from .factors import Factors
-from .file import EditsError, apply_edits, one_by_one, read_changes, read_header, save_edits
+from .file import EditsError, apply_edits, as_kept, one_by_one, read_changes, read_header, save_edits
 from .gate import Gate, Regression
 
 #: What is measured of an edit; ``as_plain`` is whether a prompt that is put otherwise says it as a plain text too.
@@ -35,22 +36,28 @@ def read_list(path: Path, context: str = CONTEXTS[0]) -> list[dict[str, Any]]:
         context: how the prompts are put to the model, one of :data:`.asking.CONTEXTS`.
 
     Returns:
-        Of every edit a request (``prompt``, ``target_new``, where there is one ``subject``, where it is not plain ``context``),
-        and ``rephrasings``.
+        Of every edit a request (``prompt``, with the subject in the place of a ``{}``, ``target_new``, where there is one
+        ``subject``, where it is not plain ``context``), and ``rephrasings``.
 
     Raises:
-        EditsError: as :func:`read_rows`; no edit at all, or one prompt twice.
+        EditsError: as :func:`read_rows`; no edit at all, one prompt twice, or a ``{}`` that no subject takes the place of.
     """
     edits: list[dict[str, Any]] = []
     for row in read_rows(path, ["prompt", "answer"]):
-        request = {"prompt": row["prompt"], "target_new": row["answer"]}
-        if subject := row.get("subject", "").strip():
+        subject = row.get("subject", "").strip()
+        try:
+            request = {"prompt": filled_in(row["prompt"], subject), "target_new": row["answer"]}
+        except ValueError as error:
+            raise EditsError(f"{path}: {error}") from None
+        if subject:
             request["subject"] = subject
         if context != CONTEXTS[0]:
             request["context"] = context
         rephrasings = [text.strip() for column, text in row.items() if column.startswith("rephras") and text.strip()]
-        if any(edit["request"]["prompt"] == row["prompt"] for edit in edits):
-            raise EditsError(f"{path}: the prompt {row['prompt']!r} is there twice; the second edit would overwrite the first")
+        if any(edit["request"]["prompt"] == request["prompt"] for edit in edits):
+            raise EditsError(
+                f"{path}: the prompt {request['prompt']!r} is there twice; the second edit would overwrite the first"
+            )
         edits.append({"request": request, "rephrasings": rephrasings})
     if not edits:
         raise EditsError(f"{path}: there are no edits in it")
@@ -132,12 +139,22 @@ class GatedList:
             raise EditsError(f"{self.report} is there already, and is no list's; name another file with --save_edits") from None
         if settings != self.settings:
             raise EditsError(f"{self.report} is of another list, condition or method; name another file with --save_edits")
-        if self.is_complete and self._kept() and not self.file.exists():
-            raise EditsError(f"{self.file} is gone, and {self.report} says it is done; remove that too to make the edits again")
-        # The report is written first: an edit that is in it alone was about to be kept, and is made again.
-        saved = len(read_header(self.file)["requests"]) if self.file.exists() else 0
-        if len(self._kept()) > saved and not self.is_complete:
+        made = [as_kept(row["request"]) for row in self._kept()]
+        if self.is_complete:  # what was taken out of the file since is out
+            if made and not self.file.exists():
+                raise EditsError(
+                    f"{self.file} is gone, and {self.report} says it is done; remove that too to make the edits again"
+                )
+            return
+        again = f"remove {self.report} and {self.file} to make the edits again, or name another with --save_edits"
+        saved = read_header(self.file)["requests"] if self.file.exists() else []
+        if saved != made:
+            if saved != made[:-1]:
+                raise EditsError(f"{self.file} does not hold the edits that {self.report} says are kept; {again}")
+            # The report is written first: an edit that is in it alone was about to be kept, and is made again.
             self.rows.pop()
+        if self._kept() and self.hparams.mom2_adjustment and not self._keys.exists():
+            raise EditsError(f"{self._keys} is gone, without which the next edits do not step around these; {again}")
 
     @property
     def report(self) -> Path:

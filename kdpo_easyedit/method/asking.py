@@ -92,7 +92,10 @@ _ANSWER = "Answer"
 
 def _in_chat(tok: Any, prompt: str) -> Asked:
     def rendered(*turns: dict[str, str], **settings: Any) -> str:
-        return str(tok.apply_chat_template(list(turns), tokenize=False, enable_thinking=False, **settings))
+        try:
+            return str(tok.apply_chat_template(list(turns), tokenize=False, enable_thinking=False, **settings))
+        except Exception as error:  # a template is a program of the model's authors, and raises what it likes
+            raise ContextError(f"the model's chat template does not take the prompt {prompt!r} as it is: {error}") from error
 
     user = {"role": "user", "content": prompt}
     text = rendered(user, add_generation_prompt=True)

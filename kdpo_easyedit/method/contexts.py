@@ -40,7 +40,9 @@ def _write(model: PreTrainedModel, tok: Any, number: int) -> list[str]:
 
     def drawn(logits: Tensor) -> Tensor:
         """Drawn on the CPU in float32, so that a seed means the same everywhere: ``[B, L, V]`` → ``[B, 1]``."""
-        return torch.multinomial(logits[:, -1].float().cpu().softmax(-1), 1, generator=generator)
+        # A model whose logits are no numbers is told by the edit, which says where.
+        found = logits[:, -1].float().cpu().nan_to_num(0.0, 1e4, -1e4)
+        return torch.multinomial(found.softmax(-1), 1, generator=generator)
 
     device = runs_on(model.get_input_embeddings())
     with torch.no_grad(), frozen(model):

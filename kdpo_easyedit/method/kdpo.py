@@ -20,7 +20,7 @@ from .config import HParamsError, KDPOHyperParams
 from .contexts import contexts, copy_contexts
 from .kdpo_c import SteepestDescent, Usage
 from .packs import Autoregressive, Edit, EditTrace, NotFinite, Pack, TeacherForced, Update, keys_of, packed
-from .preference import check_room, edit_tokens, has_room, means, normalised, subject_span, tokens_of
+from .preference import check_room, edit_tokens, has_room, means, normalised, offsets_of, subject_span, tokens_of
 from .replay import EditedWeights, frozen
 from .weights import Weights, at_least_float32, copy_notes, holds_edit, note_edit, read, runs_on, write
 
@@ -77,8 +77,9 @@ def apply_kdpo_to_model(
     """
     if isinstance(requests, (str, Mapping)):
         raise ValueError(f"requests is a {type(requests).__name__}; allowed: a list of requests, also of one")
+    requests = list(requests)
+    hparams = _checked(model, hparams, len(requests))
     complete = [_complete(request, hparams) for request in requests]
-    hparams = _checked(model, hparams, len(complete))
     if copy:
         original, model = model, deepcopy(model)
         copy_notes(original, model)
@@ -119,8 +120,8 @@ def execute_kdpo(
     Raises:
         HParamsError, EditFailed, ValueError: as :func:`apply_kdpo_to_model`.
     """
-    complete = _complete(request, hparams)
     hparams = _checked(model, hparams, 1)
+    complete = _complete(request, hparams)
     usages = kdpo_c.usages(model, tok, hparams) if hparams.mom2_adjustment else {}
     weights, (trace,), _ = execute(model, tok, [complete], hparams, usages)
     return weights, trace
@@ -148,9 +149,12 @@ def execute(
     """
     hparams = hparams.for_model(model)
     originals = read(model, hparams.edited_parameters(model))
+    # Whatever the caller computes in: W is optimised in float32.
+    in_its_own_dtype = torch.autocast(runs_on(model.get_input_embeddings()).type, enabled=False)
     try:
-        edits = [_edit(model, tok, request, hparams, usages) for request in requests]
-        weights, usages = _edited(model, edits, hparams, originals, usages)
+        with in_its_own_dtype:
+            edits = [_edit(model, tok, request, hparams, usages) for request in requests]
+            weights, usages = _edited(model, edits, hparams, originals, usages)
     except NotFinite as what:
         trace, request = what.edit.trace, what.edit.request
         key = "mom2_step" if hparams.mom2_adjustment else "lr"
@@ -259,8 +263,8 @@ def _edit(
         edit = edit_tokens(tok, f"{text}. {prompt}", target, device, context)
         if torch.equal(edit.targets, plain.targets) and has_room(model, edit.input_ids.shape[1]):
             edits[f"{text}. "] = edit
-    if len(edits) == 1 and hparams.positions == "all" and hparams.batch_size == 1:
-        return Edit(request, [plain], None, trace)
+    if not hparams.mom2_adjustment or (len(edits) == 1 and hparams.positions == "all" and hparams.batch_size == 1):
+        return Edit(request, list(edits.values()), None, trace)
 
     span = None
     if hparams.positions != "all":
@@ -282,20 +286,31 @@ def _largest_effect(
     """From where to where in a prompt the token stands by which the edit's first step gains most, where no subject is named."""
     hparams = replace(hparams, positions="all", contexts=0, batch_size=1)
     edit = _edit(model, tok, request, hparams, usages)
-    (sequence,), originals = edit.sequences, read(model, hparams.edited_parameters(model))
-    with torch.enable_grad(), frozen(model), TeacherForced(model, [edit], originals, hparams) as pack:
-        update = SteepestDescent(model, originals, usages, hparams, 1, *keys_of([pack], usages))
-        pack.begin([edit], update)
-        if edit.open:
-            update.descend(*pack.losses([edit], update)[:2])
-        gains = update.gains().tolist()
+    (sequence,), gains = edit.sequences, _gains(model, edit, hparams, usages)
+    if not any(gains):  # it holds already, though perhaps not after every context: what would let it hold by more
+        gains = _gains(model, _edit(model, tok, request, hparams, usages), replace(hparams, margin=_NEVER), usages)
     in_context = asked(tok, request["prompt"], context_of(request))
     text, start = in_context.answered(request["target_new"]), in_context.start
     end = start + len(request["prompt"])
     places = tokens_of(tok, text, start, end, in_context.special_tokens)
     best = max((place for place in places if place < sequence.prompt_length), key=gains.__getitem__)
-    first, last = tok(text, add_special_tokens=in_context.special_tokens, return_offsets_mapping=True)["offset_mapping"][best]
+    first, last = offsets_of(tok, text, in_context.special_tokens)[best]
     return max(first, start) - start, min(last, end) - start
+
+
+# A lead, in logits, that no target has.
+_NEVER = 1e9
+
+
+def _gains(model: PreTrainedModel, edit: Edit, hparams: KDPOHyperParams, usages: Mapping[str, Usage]) -> list[float]:
+    """What an edit's first step would gain by each of its tokens; see :meth:`.kdpo_c.SteepestDescent.gains`."""
+    originals = read(model, hparams.edited_parameters(model))
+    with torch.enable_grad(), frozen(model), TeacherForced(model, [edit], originals, hparams) as pack:
+        update = SteepestDescent(model, originals, usages, hparams, 1, *keys_of([pack], usages))
+        pack.begin([edit], update)
+        if edit.open:
+            update.descend(*pack.losses([edit], update)[:2])
+        return [float(gain) for gain in update.gains()]
 
 
 class _Adam:
@@ -375,8 +390,10 @@ def _checked(model: PreTrainedModel, hparams: KDPOHyperParams, requests: int) ->
     """The hyper-parameters, checked, and with whether edits follow one another, where they leave it out.
 
     Raises:
-        HParamsError: they are wrong in themselves, or the model can have no gradients.
+        HParamsError: they are none, or wrong in themselves, or the model can have no gradients.
     """
+    if not isinstance(hparams, KDPOHyperParams):
+        raise HParamsError(f"hparams is a {type(hparams).__name__}; allowed: KDPOHyperParams, as its from_hparams reads them")
     hparams.validate()
     if any(tensor.is_inference() for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise HParamsError(

@@ -99,7 +99,7 @@ class Usage:
             return basis
         inner = self.key_weight * (keys @ basis.T).double()
         inner.diagonal().add_(1)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(inner))
+        inverse = torch.cholesky_inverse(_factor(inner))
         around = inverse @ basis.double()
         return torch.cat([torch.linalg.solve(inverse[part, part], around[part]) for part in parts]).float()
 
@@ -110,11 +110,21 @@ class Usage:
         basis = self.times(keys)
         inner = (keys @ basis.T).double()
         inner.diagonal().add_(1 / self.key_weight)
-        added = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), basis.double(), upper=False).float()
+        added = torch.linalg.solve_triangular(_factor(inner), basis.double(), upper=False).float()
         protected = torch.cat((self.protected, added))
         if len(protected) > 2 * len(self.inverse):  # FᵀF in as few rows as it can have
             protected = torch.linalg.qr(protected, mode="r").R
         return replace(self, protected=protected)
+
+
+def _factor(inner: Tensor) -> Tensor:
+    """The Cholesky factor of what edits' keys have in common, by S."""
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    if failed:
+        raise HParamsError(
+            "mom2_edit_weight is too large for these edits, whose keys float64 cannot tell apart; the default is 0.01"
+        )
+    return factor
 
 
 class Change:

@@ -151,7 +151,7 @@ def edit_tokens(tok: Any, prompt: str, target: str, device: torch.device | str =
     ids, before = _ids(tok, text, special_tokens), _ids(tok, in_context.text, special_tokens)
     length = len(before)
     if ids[:length] != before:
-        offsets = tok(text, add_special_tokens=special_tokens, return_offsets_mapping=True)["offset_mapping"]
+        offsets = offsets_of(tok, text, special_tokens)
         length = next((i for i, (start, end) in enumerate(offsets) if end > max(start, len(in_context.text))), len(ids))
         LOG.info("the tokens of %r are no prefix of those of %r: split by character offsets", prompt, text)
     if length >= len(ids):
@@ -189,9 +189,27 @@ def in_one_batch(edits: Sequence[EditTokens]) -> Tensor:
     return torch.cat([F.pad(edit.input_ids, (0, length - edit.input_ids.shape[1])) for edit in edits])
 
 
+def offsets_of(tok: Any, text: str, special_tokens: bool = True) -> list[tuple[int, int]]:
+    """From where to where in a text each of its tokens stands.
+
+    Raises:
+        ValueError: the tokenizer does not tell.
+    """
+    if not tok.is_fast:
+        raise ValueError(
+            f"the tokenizer {type(tok).__name__} does not tell where its tokens stand in a text, which KDPO+C goes by, and "
+            "whatever takes prompt and target apart where their tokens merge; load a fast one"
+        )
+    return list(tok(text, add_special_tokens=special_tokens, return_offsets_mapping=True)["offset_mapping"])
+
+
 def tokens_of(tok: Any, text: str, start: int, end: int, special_tokens: bool = True) -> list[int]:
-    """The places of the tokens that hold a part of ``text[start:end]``, in the text's tokens as :func:`prompt_ids` has them."""
-    offsets = tok(text, add_special_tokens=special_tokens, return_offsets_mapping=True)["offset_mapping"]
+    """The places of the tokens that hold a part of ``text[start:end]``, in the text's tokens as :func:`prompt_ids` has them.
+
+    Raises:
+        ValueError: as :func:`offsets_of`.
+    """
+    offsets = offsets_of(tok, text, special_tokens)
     return [i for i, (first, last) in enumerate(offsets) if max(first, start) < min(last, end)]
 
 

@@ -459,7 +459,7 @@ class Suffix:
         if not torch.isfinite(own).all():
             return ""
         scale, difference = own.abs().max().item(), (other.to(own.device) - own).abs().max().item()
-        allowed = scale * torch.finfo(self.own_logits.dtype).eps ** 0.5 / 4
+        allowed = scale * max(torch.finfo(dtype).eps for dtype in (self.own_logits.dtype, own.dtype)) ** 0.5 / 4
         return "" if difference <= allowed else f"by {difference:.2g} (of {scale:.2g}; {allowed:.2g} is allowed)"
 
     def _run_whole(self, reason: CannotReplay) -> None:
