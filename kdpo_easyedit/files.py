@@ -13,8 +13,11 @@ from typing import Any
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """For a block that writes a file: under another name, which becomes its own once it is whole and on disk."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    """For a block that writes a file: under another name, which becomes its own once it is whole and on disk.
+
+    The name is this process's alone: another may be writing the same file, of a cache for one.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
         with unfinished.open("rb") as file:

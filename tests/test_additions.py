@@ -19,8 +19,9 @@ from kdpo_easyedit.bench.writing import write_answers
 from kdpo_easyedit.easyedit import host
 from kdpo_easyedit.easyedit import methods as algorithms
 from kdpo_easyedit.easyedit.additions import Retrieval, RetrievalHyperParams
-from kdpo_easyedit.easyedit.lifelong import learnt
+from kdpo_easyedit.easyedit.lifelong import learnt, left
 from kdpo_easyedit.method.preference import prompt_ids
+from kdpo_easyedit.method.weights import write
 from kdpo_easyedit.report.documents import write_documents
 from kdpo_easyedit.report.results import read_results
 from kdpo_easyedit.report.tables import tables
@@ -125,15 +126,23 @@ def test_locft_learns_a_batchs_answers_to_their_end(small_world, requests, tmp_p
 
 
 @on_main_only
-def test_ultraedit_learns_from_edit_to_edit_and_forgets_what_is_taken_back(small_world, requests, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ending", ["", ".weight"])
+def test_ultraedit_learns_from_edit_to_edit_and_forgets_what_is_taken_back(
+    small_world, requests, tmp_path, monkeypatch, ending
+):
     method = method_for("ULTRAEDIT", small_world, tmp_path)
+    method.hparams.inner_params = [name + ending for name in method.hparams.inner_params]
     editor = host.BaseEditor(method.hparams)
     before, flags = state(editor.model), [parameter.requires_grad for parameter in editor.model.parameters()]
     _, first = algorithms.apply_edit(editor, editor.model, requests[0])
     kept = copy.deepcopy(learnt)
-    tokens = len(prompt_ids(editor.tok, f"{requests[0]['prompt']} {requests[0]['target_new']}"))
-    (count,) = (value for key, value in learnt["ULTRAEDIT"].items() if key.endswith(" n"))
-    assert count.item() == tokens
+    tokens = [len(prompt_ids(editor.tok, f"{request['prompt']} {request['target_new']}")) for request in requests[:3]]
+
+    def count() -> float:
+        (number,) = (value.item() for key, value in learnt["ULTRAEDIT"].items() if key.endswith(" n"))
+        return number
+
+    assert count() == tokens[0]
 
     after = state(editor.model)
     with monkeypatch.context() as patch:
@@ -146,6 +155,7 @@ def test_ultraedit_learns_from_edit_to_edit_and_forgets_what_is_taken_back(small
     algorithms.set_memory(contexts, tensors)
     assert same_state(kept["ULTRAEDIT"], learnt["ULTRAEDIT"])
     _, second = algorithms.apply_edit(editor, editor.model, requests[1:3])
+    assert count() == sum(tokens)
     assert [parameter.requires_grad for parameter in editor.model.parameters()] == flags
     assert all(parameter.grad is None for parameter in editor.model.parameters())
     algorithms.undo_edits(editor, second | first)
@@ -182,6 +192,44 @@ def test_simie_merges_edits_that_are_each_made_on_the_original(small_world, requ
         algorithms.undo_edits(editor, second | first)
         assert same_state(before, state(editor.model)) and not learnt
     assert changes[1e6] < 1e-3 * changes[1e-3]
+
+
+@on_main_only
+@pytest.mark.parametrize("name", ["ULTRAEDIT", "SimIE", "AlphaEdit"])
+def test_what_baseeditor_takes_back_is_forgotten_and_another_models_edits_too(name, small_world, requests, tmp_path):
+    """``BaseEditor`` puts weights back, and takes other models, and tells no method of it."""
+    editor = host.BaseEditor(method_for(name, small_world, tmp_path).hparams)
+    other = copy.deepcopy(editor.model)
+
+    def edit(model, request, hparams=editor.hparams):
+        torch.manual_seed(0)
+        return editor.apply_algo(model, editor.tok, [request], hparams, copy=False, return_orig_weights=True)[1]
+
+    algorithms.set_memory()
+    originals = edit(editor.model, requests[1])
+    alone = state(editor.model)
+    write(editor.model, originals)
+    algorithms.set_memory()
+    write(editor.model, edit(editor.model, requests[0]))
+    originals = edit(editor.model, requests[1])
+    assert same_state(state(editor.model), alone)
+    edit(editor.model, requests[2])
+    edit(other, requests[1])
+    assert same_state(state(other), alone)
+    algorithms.undo_edits(editor, originals)
+    assert not left
+
+
+@on_main_only
+def test_alphaedit_makes_a_projection_of_the_layers_that_it_edits(small_world, requests, tmp_path):
+    editor, its = host.BaseEditor(method_for("AlphaEdit", small_world, tmp_path).hparams), []
+    algorithms.set_memory()
+    for layers in ([0], [1], [0, 1]):
+        editor.hparams.layers = layers
+        editor.apply_algo(editor.model, editor.tok, requests[:1], editor.hparams, copy=False, return_orig_weights=True)
+        its.append(copy.copy(vars(host.submodule("models.alphaedit.AlphaEdit_main"))))
+    assert [len(each["P"]) for each in its] == [len(each["cache_c"]) for each in its] == [1, 1, 2]
+    assert torch.equal(torch.cat([its[0]["P"], its[1]["P"]]), its[2]["P"]) and not torch.equal(its[0]["P"], its[1]["P"])
 
 
 @on_main_only

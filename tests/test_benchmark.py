@@ -57,10 +57,17 @@ def test_a_models_weights_are_as_they_were():
 
 
 def test_the_command_prints_ratios_memory_and_the_floor(small_world, capsys):
-    main(["benchmark", "--model", str(small_world.folder), "--steps", "2", "--repeats", "1"])
+    main(["benchmark", "--model", str(small_world.folder), "--steps", "2", "--tokens", "6", "--repeats", "1"])
     printed = capsys.readouterr().out
     for words in ("layer 3 of 4", "seconds a step", "seconds an edit", "MB beyond the model", "the floor of a step is"):
         assert words in printed
+
+
+@pytest.mark.parametrize(("flag", "least"), [("steps", 2), ("tokens", 6), ("repeats", 1)])
+def test_too_little_to_time_is_refused(flag, least, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", f"--{flag}", str(least - 1)])
+    assert f"--{flag} is {least - 1}; allowed: a whole number, {least} or above" in capsys.readouterr().err
 
 
 def test_a_result_reads_well():

@@ -10,7 +10,7 @@ from conftest import same_state, state
 from rich.console import Console
 
 from kdpo_easyedit import apply_edits
-from kdpo_easyedit.bench.by_hand import Said, edit_by_hand
+from kdpo_easyedit.bench.by_hand import Said, edit_by_hand, in_full
 from kdpo_easyedit.bench.datasets import DatasetError
 from kdpo_easyedit.bench.protocols import Method
 from kdpo_easyedit.bench.writing import write_answers
@@ -106,6 +106,17 @@ def test_what_the_model_has_no_room_for_is_told_by_its_field(fresh, record, hpar
     hparams.model_name = fresh
     with pytest.raises(DatasetError, match=r"^locality_prompt and target_new have \d+ tokens, and the model takes 256"):
         edit_by_hand([Method("KDPO", hparams)], record | {"locality_prompt": "word " * 300})
+
+
+def test_braces_are_the_subjects_place_in_every_prompt(fresh, hparams):
+    hparams.model_name = fresh
+    record = {"prompt": "{} was born in", "subject": "Ada", "target_new": "Oslo", "locality_prompt": "{} works for "}
+    assert in_full(record) == record | {"prompt": "Ada was born in", "locality_prompt": "Ada works for"}
+    said, _ = edit_by_hand([Method("KDPO", hparams)], record)
+    assert said == edit_by_hand([Method("KDPO", hparams)], in_full(record))[0]
+    for broken, message in (("{} and {}", "there are 2 of them"), ("The \udcff is", "half a surrogate pair")):
+        with pytest.raises(DatasetError, match=f"^locality_prompt is .*{message}"):
+            edit_by_hand([Method("KDPO", hparams)], record | {"locality_prompt": broken})
 
 
 def test_it_is_printed_within_eighty_columns(record):

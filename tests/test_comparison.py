@@ -18,10 +18,10 @@ from test_host import arguments
 from kdpo_easyedit import HParamsError
 from kdpo_easyedit.bench import measuring, protocols
 from kdpo_easyedit.bench.datasets import DatasetError
-from kdpo_easyedit.bench.measuring import per_edit, summarise
+from kdpo_easyedit.bench.measuring import Measuring, per_edit, summarise
 from kdpo_easyedit.bench.protocols import Method, ablation, compare
 from kdpo_easyedit.bench.schema import MEASURES, SEQUENTIAL, SINGLE, EditMetrics, from_json
-from kdpo_easyedit.bench.significance import paired_tests
+from kdpo_easyedit.bench.significance import paired_tests, share_interval
 from kdpo_easyedit.bench.writing import write_answers
 from kdpo_easyedit.easyedit import host
 from kdpo_easyedit.easyedit import methods as algorithms
@@ -285,6 +285,15 @@ def test_intervals_cover_the_mean_as_often_as_they_say():
     assert 88 <= sum(low <= 70 <= high for low, high in found) <= 99
 
 
+def test_a_sample_that_hardly_varies_is_no_surer_than_one_that_does_not_vary():
+    same, hardly = share_interval([100.0] * 100), share_interval([100.0] * 99 + [99.0])
+    assert same == [pytest.approx(96.3, abs=0.1), 100.0] and hardly[0] <= same[0]
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice([100.0, 95.0], 20, p=[0.9, 0.1]).tolist() for _ in range(200)]
+    covered = sum(low <= 99.5 <= high for low, high in map(share_interval, drawn))
+    assert covered >= 190
+
+
 def values(**methods: list[float | None]) -> dict:
     """Of methods that have these edit successes, and the same of everything else."""
     return {
@@ -393,18 +402,22 @@ def test_every_checkpoint_is_measured_on_the_model_as_it_stands_then(run, method
     assert entry["post"]["rewrite_acc"] == edit_quality(editor, editor.model, requests[0])["rewrite_acc"]
 
 
-def test_what_the_model_has_no_room_for_is_refused_before_any_work(methods, requests, tmp_path):
+def test_what_the_model_has_no_room_for_is_refused_before_any_work(methods, requests, loaded, tmp_path):
     words = "word " * 60  # fits by itself
+    tok = loaded[1]
+    room = (256 - len(tok(f" {requests[1]['target_new']}")["input_ids"]) - 2) // len(tok(" word")["input_ids"])
     neighbours = {"neighborhood": {"prompt": [words], "ground_truth": ["Oslo"]}}
     for change, what in (
         ({"rephrase_prompt": "word " * 300}, "rephrase_prompt and target_new"),
         ({"ground_truth": "word " * 300}, "a prompt and ground_truth"),
         ({"target_new": "word " * 30, "prompt": "Ada is a", "locality": neighbours}, "a prompt of locality and target_new"),
+        ({"prompt": "word " * room}, "a prompt and answer of a probe"),
+        ({"prompt": "word " * room, "ground_truth": None}, "a prompt as qa and target_new"),
     ):
         long = {"ground_truth": "judge", **requests[1], **change}
         message = rf"edit 1 \('.*'…\): {what} have \d+ tokens, and the model takes 256"
         with pytest.raises(DatasetError, match=message):
-            compare(methods[:1], [requests[0], long], [SINGLE], tmp_path)
+            compare(methods[:1], [requests[0], long], [SINGLE], tmp_path, how=Measuring(contexts=("plain", "qa"), probes=True))
         assert not (tmp_path / "before.jsonl").exists()
 
 

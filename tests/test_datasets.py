@@ -73,6 +73,7 @@ def test_wikibio_and_a_subject_in_other_letters(tmp_path):
     assert request["subject"] == "ada example" and request["portability"] == {} and "rephrase_prompt" not in request
     assert _subject("Berlin", "An der Straße liegt BERLIN, das") == "BERLIN"  # a ß is two letters where case is folded
     assert _subject("a.b", "aXb and A.B") == "A.B" and _subject("Bonn", "Berlin is") == ""
+    assert _subject("Man", "The Roman emperor") == "" and _subject("Man", "The Isle of MAN is") == "MAN"
 
 
 def test_zsre_mend_with_and_without_portability(tmp_path):
@@ -121,6 +122,9 @@ def test_counterfact_as_romes_authors_published_it(tmp_path):
         "locality": {"neighborhood": {"prompt": record["neighborhood_prompts"], "ground_truth": ["Norwegian"] * 2}},
         "portability": {},
     }
+    hop = {"New Question": "Ødegård speaks the language of", "New Answer": "France"}
+    (request,) = load_requests(written(tmp_path, record | {"portability": hop}))
+    assert request["portability"] == asked("one_hop", (hop["New Question"], "France"))
     for field, value, message in (
         ("neighborhood_prompts", "x", "neighborhood_prompts is 'x'; expected a list of texts"),
         ("requested_rewrite", {"prompt": "a", "target_new": "b"}, "subject is None; expected text"),
@@ -483,6 +487,8 @@ def test_mquake_an_edit_a_rewrite(tmp_path, caplog):
     assert (second["prompt"], second["subject"], second["target_new"]) == ("The capital of Norway is", "Norway", "Bergen")
     assert second["rephrase_prompt"] == "What is Norway's capital?"
     assert first["portability"] == asked("multi_hop", *((question, "Bergen") for question in questions))
+    (alone,) = load_requests(written(tmp_path, record), size=1)  # they need both
+    assert alone == first | {"portability": {}} and "questions that need edits which are left out, left out: 1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -505,8 +511,24 @@ def test_mquake_an_edit_a_rewrite(tmp_path, caplog):
             "Oslo",
             "Ada of Ur",
         ),
-        ("FOLLOWED_BY", "Dusk is followed by Dawn.", None, "Dusk is followed by", "Dawn", ""),
-        ("SIBLING", "The names of the siblings of Ada are Ivo B..", None, "The names of the siblings of Ada are", "Ivo B.", ""),
+        ("FOLLOWED_BY", "Dusk is followed by Dawn.", None, "Dusk is followed by", "Dawn", "Dusk"),
+        ("FOLLOWS", "Dawn follows Dusk.", "Noon.", "Dawn follows", "Dusk", "Dawn"),
+        (
+            "SIBLING",
+            "The names of the siblings of Ada are Ivo B..",
+            None,
+            "The names of the siblings of Ada are",
+            "Ivo B.",
+            "Ada",
+        ),
+        (
+            "MEMBER_OF_SPORTS_TEAM",
+            "The name of the sports team which Ada is a member of is Ur.",
+            "Uruk.",
+            "The name of the sports team which Ada is a member of is",
+            "Ur",
+            "Ada",
+        ),
         ("MOTTO", "Tovaria's people call Dawn.", "Dusk.", "Tovaria's people call", "Dawn", ""),
     ],
 )
@@ -610,6 +632,9 @@ def test_tables(tmp_path, delimiter):
     first, second = load_requests(path)
     assert first["prompt"] == "a,;\tb\nc" and first["locality"] == {}
     assert second["target_new"] == "007" and second["locality"] == asked("neighborhood", ("e", "f"))
+    path.write_text(delimiter.join(["prompt", "target_new", "locality_prompt", "locality_prompt"]) + "\n")
+    with pytest.raises(DatasetError, match="the column 'locality_prompt' is there twice"):
+        load_requests(path)
     path.write_text(f"prompt{delimiter}target_new\na{delimiter}b{delimiter}c\n")
     with pytest.raises(DatasetError, match="record 0 has more cells than the header"):
         load_requests(path)

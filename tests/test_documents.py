@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import on_main
 
+from kdpo_easyedit.bench.measuring import Measuring
 from kdpo_easyedit.bench.protocols import Method, compare
 from kdpo_easyedit.bench.runs import RunError
 from kdpo_easyedit.bench.schema import SEQUENTIAL, SINGLE
@@ -93,6 +94,35 @@ def test_no_text_ends_the_data_and_nothing_is_fetched(run):
     assert "default-src 'none'" in template
 
 
+def test_a_text_from_right_to_left_turns_nothing_around_it(run):
+    """Between two of those an arrow would point the other way: every prompt and answer is isolated from what is beside it."""
+    script = page(read_results([run])).rpartition("<script>")[2]
+    for text in (
+        "sentence(edit.before.rewrite[1])",
+        "sentence(after.rewrite[1])",
+        'bidi(edit.prompt, " ", h("b", {}, edit.target_new))',
+        'bidi(of.rewrite[1] ?? "–")',
+        'bidi(of.rephrase?.[1] ?? "–")',
+        "bidi(text)",
+        "bidi(prompt, answers[i]",
+        "bidi(negatives[i].trim())",
+    ):
+        assert text in script
+    assert 'const bidi = (...text) => h("bdi", {}, text);' in script and "const sentence = text => bidi(" in script
+
+
+def test_a_word_of_any_length_breaks_where_the_page_ends(run):
+    (body,) = re.findall(r"^body \{(.*?)\}", page(read_results([run])), re.DOTALL | re.MULTILINE)
+    assert "overflow-wrap: anywhere" in body
+
+
+def test_a_run_without_written_answers_has_a_report_too(make, tmp_path):
+    run = make("silent", ["KDPO"], how=Measuring(contexts=(), fluency=False))
+    write_documents([run], tmp_path / "report")
+    (result,) = data_of((tmp_path / "report" / "report.html").read_text())["results"]
+    assert result["settings"]["context"] == "plain" and result["outcomes"][SINGLE]["KDPO"][0]["rewrite"] == [1, None, None]
+
+
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 class TestInABrowser:
     """The page as Chromium draws it, with no network."""
@@ -125,7 +155,7 @@ class TestInABrowser:
         wanted = requests[1]["prompt"]
         dom = self.dom(file, f"#q={wanted.replace(' ', '+')}&method=FT&protocol=sequential")
         assert f">1 of {N} edits<" in dom and len(re.findall(r'<details class="edit"', dom)) == 1
-        assert wanted in dom.partition('id="edits"')[2]
+        assert f"<bdi>{wanted} <b>" in dom.partition('id="edits"')[2]
         assert f">0 of {N} edits<" in self.dom(file, "#q=no+such+words")
 
     def test_what_an_edit_says_stays_text(self, file):
@@ -183,6 +213,17 @@ def test_the_unedited_models_perplexity_is_there_in_any_order(make, requests):
     for folders in (runs, runs[::-1]):
         (result,) = read_results(folders)
         assert result.comparison.before.perplexity > 1
+
+
+def test_the_unedited_models_row_has_what_any_of_the_runs_has_of_it(make):
+    fluent = make("fluent", ["KDPO"])
+    probed = make("probed", ["FT"], how=Measuring(fluency=False, probes=True))
+    for folders in ([fluent, probed], [probed, fluent]):
+        (result,) = read_results(folders)
+        before = result.comparison.before
+        assert (
+            before.fluency is not None and "negation" in before.further and {"fluency", "negation"} <= before.intervals.keys()
+        )
 
 
 def test_what_was_measured_differently_is_not_put_side_by_side(make, requests, copied, tmp_path):

@@ -179,6 +179,7 @@ def test_every_method_is_measured_alike(loaded, requests, hparams, monkeypatch):
         ({"model_name": "./model"}, r"model_name is '\./model', .* The reason: there is no such folder$"),
         ({"model_name": "~/model"}, r"The reason: there is no such folder: ~ is not filled in$"),
         ({"device": 63}, "device is 63, which this machine does not have; try 'cpu'"),
+        ({"device": "meta"}, "device is 'meta', which this machine does not have; try 'cpu'"),
     ],
 )
 def test_what_cannot_be_loaded_is_told(hparams, change, message):

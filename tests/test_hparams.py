@@ -16,7 +16,7 @@ from kdpo_easyedit.cli.flags import add_machine, add_methods, load_methods
 from kdpo_easyedit.devices import DTYPES
 from kdpo_easyedit.easyedit.hparams import filled_in, load_hparams
 from kdpo_easyedit.easyedit.loading import load_model
-from kdpo_easyedit.method.config import HPARAMS_DIR, find_hparams, loading_dtype
+from kdpo_easyedit.method.config import HPARAMS_DIR, find_hparams, loading_dtype, read_yaml
 
 RELEASED = {  # the design's table: layer, lr, num_steps, cycles, stop_crit
     "gpt-j-6b": (21, 1e-4, 8, 20, 1e-3),
@@ -148,7 +148,7 @@ def test_one_weight_of_eamet_is_every_layers(tmp_path):
     for wrong in ([10], ["10", 20], "many"):
         with pytest.raises(HParamsError, match=r"mom2_update_weight is .*; allowed: a number, or one for each of the 2 layers"):
             load_hparams("EAMET", written(tmp_path, config | {"layers": [3, 4], "mom2_update_weight": wrong}))
-    with pytest.raises(HParamsError, match="layers is None; allowed: a list of layer numbers"):
+    with pytest.raises(HParamsError, match="layers is None; allowed: a list of different layer numbers"):
         load_hparams("EAMET", written(tmp_path, config | {"layers": None}))
 
 
@@ -266,8 +266,14 @@ def test_other_methods_yamls_are_checked_too(tmp_path):
         (good | {"v_learning_rate": 1}, "unknown key 'v_learning_rate'"),
         ({k: v for k, v in good.items() if k != "v_lr"}, "missing key 'v_lr'"),
         (good | {"alg_name": "MEMIT"}, "alg_name is 'MEMIT'; allowed for ROME: 'ROME'"),
-        (good | {"layers": 0}, "layers is 0; allowed: a list of layer numbers"),
-        (good | {"layers": [-1]}, r"layers is \[-1\]; allowed: a list of layer numbers"),
+        (good | {"layers": 0}, "layers is 0; allowed: a list of different layer numbers"),
+        (good | {"layers": [-1]}, r"layers is \[-1\]; allowed: a list of different layer numbers"),
+        (good | {"layers": []}, r"layers is \[\]; allowed: a list of different layer numbers"),
+        (good | {"layers": [2, 2]}, r"layers is \[2, 2\]; allowed: a list of different layer numbers"),
+        (good | {"v_lr": float("nan")}, "v_lr is nan; allowed: a number"),
+        (good | {"v_lr": "inf"}, "v_lr is inf; allowed: a number"),
+        (good | {"v_lr": True}, "v_lr is True; allowed: a number"),
+        (good | {"mom2_adjustment": "False"}, "mom2_adjustment is 'False'; allowed: true, false"),
         (good | {"v_num_grad_steps": "ten"}, "v_num_grad_steps is 'ten'; allowed: a number"),
         (good | {"mom2_dtype": "float16"}, "mom2_dtype is 'float16'; allowed: float32, float64"),
         (
@@ -278,6 +284,55 @@ def test_other_methods_yamls_are_checked_too(tmp_path):
     ):
         with pytest.raises(HParamsError, match=message):
             load_hparams("ROME", written(tmp_path, config))
+
+
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+@pytest.mark.parametrize(
+    ("method", "key", "wrong", "allowed"),
+    [
+        ("GRACE", "replacement", "replace_al", "replace_all, replace_last, replace_prompt"),
+        ("GRACE", "eps_expand", "coverag", "coverage, moving_average"),
+        ("GRACE", "val_init", "wam", "cold, warm"),
+        ("GRACE", "val_train", "pert", "sgd, adv"),
+        ("WISE", "objective_optimization", "only_lable", "only_label"),
+        ("WISE", "merge_alg", "tie", "slerp, ties, magnitude_norm"),
+        ("WISE", "densities", "many", "a number"),
+        ("LoRA", "lora_type", "lorra", "lora, adalora"),
+        ("SimIE", "solver", "lu", "LU, Cholesky, SVD"),
+        ("FT", "norm_constraint", True, "a number, or false"),
+    ],
+)
+def test_a_word_that_easyedit_does_not_know_is_named(method, key, wrong, allowed):
+    with pytest.raises(HParamsError, match=f"world.yaml: {key} is {wrong!r}; allowed: {allowed}"):
+        load_hparams(method, "world", {key: wrong})
+
+
+def test_adapters_of_no_layers_are_those_of_all():
+    if on_main():
+        assert load_hparams("LoRA", "world", {"layers": []}).layers == []
+
+
+def test_a_number_is_one_only_where_a_number_belongs(tmp_path):
+    rome = yaml.safe_load((HPARAMS_DIR / "ROME" / "world.yaml").read_text())
+    texts = {"device": "0", "mom2_dataset": "2021", "model_name": "1e5"}
+    hparams = load_hparams("ROME", written(tmp_path, rome | texts | {"v_lr": "5e-1"}))
+    assert {key: getattr(hparams, key) for key in texts} == texts and hparams.v_lr == 0.5
+    for given, limit in ((1, 1.0), ("5e-4", 5e-4), (False, False)):
+        found = load_hparams("FT", "world", {"norm_constraint": given}).norm_constraint
+        assert found == limit and type(found) is type(limit)  # EasyEdit's FT takes a float alone for a limit
+
+
+def test_an_override_goes_before_all_that_the_yaml_says(tmp_path):
+    with pytest.raises(HParamsError, match="alg_name is 'MEMIT'; allowed for ROME: 'ROME'"):
+        load_hparams("ROME", "world", {"alg_name": "MEMIT"})
+    if on_main():
+        config = yaml.safe_load((HPARAMS_DIR / "WISE" / "world.yaml").read_text())
+        margins = [config.pop(key) for key in ("alpha", "beta", "gamma")]
+        path = written(tmp_path, config | {"act_margin": margins})
+        hparams = load_hparams("WISE", path, {"alpha": 99.0})
+        assert [hparams.alpha, hparams.beta, hparams.gamma] == [99.0, *margins[1:]]
+        hparams = load_hparams("WISE", "world", {"act_margin": [1.0, 2.0, 3.0]})
+        assert [hparams.alpha, hparams.beta, hparams.gamma] == [1.0, 2.0, 3.0]
 
 
 def test_a_layer_that_the_model_does_not_have_is_named_of_other_methods_too(tmp_path, loaded):
@@ -339,3 +394,12 @@ def test_a_flag_goes_before_the_yaml(small_world, tmp_path):
         options = parser.parse_args(["--hparams_dir", str(tmp_path / "own.yaml"), *flags])
         (method,) = load_methods(["KDPO"], options)
         assert loading_dtype(method.hparams) == dtype
+
+
+def test_a_key_given_twice_is_told(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text(find_hparams("KDPO", "world").read_text() + "margin: 3\n'margin': 6\n")
+    with pytest.raises(HParamsError, match=r"own\.yaml: not a YAML file: the key 'margin' is given twice\n.* line "):
+        load_hparams("KDPO", file)
+    file.write_text("base: &base {lr: 1, layers: [1]}\nother: {<<: *base, lr: 2, 1: a, '1': b}\n")  # what is merged may change
+    assert read_yaml(file)["other"] == {"lr": 2, "layers": [1], 1: "a", "1": "b"}

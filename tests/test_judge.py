@@ -33,6 +33,9 @@ class Server:
                 outer.bodies.append((self.path, body))
                 outer.keys.append(self.headers["Authorization"])
                 status = outer.statuses.pop(0) if outer.statuses else 200
+                if isinstance(status, bytes):  # all that it says, and no HTTP
+                    self.wfile.write(status)
+                    return
                 lines = dict(line.split(": ", 1) for line in body["messages"][0]["content"].splitlines() if ": " in line)
                 says = outer.say or ("Yes." if lines["Expected answer"] in lines.get("Model's answer", "") else "no")
                 reply = {"choices": [{"message": {"content": says}}]} if status == 200 else {"error": "too busy"}
@@ -114,14 +117,30 @@ def test_a_reply_that_is_neither_yes_nor_no_is_no_verdict(server, tmp_path):
         assert Judge(server.url, "small", Journal(tmp_path / f"{number}.jsonl")).verdicts([ASKED]) == [verdict]
 
 
-@pytest.mark.parametrize(("statuses", "requests", "failure"), [([503, 429], 3, None), ([503] * 3, 3, "503"), ([401], 1, "401")])
+NO_HTTP, CUT = b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"
+CUT_ERROR = b"HTTP/1.1 500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nno"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "requests", "failure"),
+    [
+        ([503, 429], 3, None), ([503] * 3, 3, "HTTP 503: "), ([401], 1, "HTTP 401: "), ([NO_HTTP, CUT], 3, None),
+        ([NO_HTTP] * 3, 3, "BadStatusLine: garbage"), ([CUT] * 3, 3, "IncompleteRead: "), ([CUT_ERROR] * 3, 3, "HTTP 500: Oh"),
+    ],
+)  # fmt: skip
 def test_what_passes_is_tried_again_and_what_does_not_is_told(server, tmp_path, statuses, requests, failure):
     server.statuses = list(statuses)
     judge = Judge(server.url, "small", Journal(tmp_path / "judge.jsonl"))
     assert judge.verdicts([ASKED]) == [None if failure else True] and len(server.bodies) == requests
-    assert (judge.failure or "").startswith(f"{server.url}, small: HTTP {failure}: " if failure else "")
+    assert (judge.failure or "").startswith(f"{server.url}, small: {failure}" if failure else "")
     assert judge.verdicts([("another", "x", "y")]) == [None if failure else False]
     assert len(server.bodies) == requests + (not failure)  # one that has failed is asked no more
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://the judge/v1"])
+def test_an_address_that_is_none_fails_the_judge_alone(url, tmp_path):
+    judge = Judge(url, "small", Journal(tmp_path / "judge.jsonl"))
+    assert judge.verdicts([ASKED]) == [None] and judge.failure.startswith(f"{url}, small: ")
 
 
 def test_a_run_has_the_verdicts_and_goes_on_without_them(server, kdpo, requests, tmp_path, capfd):

@@ -71,8 +71,16 @@ def test_batches_are_made_in_one_call_each_and_go_on_after_a_stop(memit, request
     assert calls == [prompts[SIZE:]] and uncosted(again.rows[0]) == uncosted(row)
     files = [tmp_path / name / "weights-MEMIT-batches-2.safetensors" for name in ("whole", "cut")]
     assert same_state(*map(load_file, files))
-    journal = [json.loads(line) for line in (tmp_path / "cut" / "MEMIT-batches-2.jsonl").read_text().splitlines()]
+    journal, whole_journal = (
+        [json.loads(line) for line in (tmp_path / name / "MEMIT-batches-2.jsonl").read_text().splitlines()]
+        for name in ("cut", "whole")
+    )
     assert len(journal) == N and journal[0]["time"] == journal[1]["time"] > 0
+    low, high = row.intervals["seconds_per_edit"]  # over the batches
+    assert low == pytest.approx(min(entry["time"] for entry in whole_journal), abs=1e-3)
+    assert high == pytest.approx(max(entry["time"] for entry in whole_journal), abs=1e-3)
+    one = compare([memit], requests[:N], [in_batches(N)], tmp_path / "one", how=HOW)
+    assert "seconds_per_edit" not in one.rows[0].intervals and one.rows[0].seconds_per_edit > 0
 
     def failing(*_):
         raise torch.OutOfMemoryError("no room")

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from kdpo_easyedit.bench import datasets, metrics
+from kdpo_easyedit.bench.ability import read
 from kdpo_easyedit.bench.batches import Batching, in_batches
 from kdpo_easyedit.bench.metrics import (
     harmonic_score,
@@ -206,6 +207,8 @@ def test_a_tokenizer_that_appends_an_end_token_is_measured_and_continued_before_
     assert appending("Oslo")["input_ids"] == [*tok("Oslo")["input_ids"], tok.eos_token_id]
     assert prompt_ids(appending, "Oslo") == tok("Oslo")["input_ids"]
     assert measure(model, appending, layouts) == measure(model, tok, layouts)
+    texts = ["The parliament meets in Oslo.", "Ada is a pilot."]
+    assert read(model, appending, texts).perplexity == read(model, tok, texts).perplexity
 
 
 def test_a_begin_token_is_kept_and_is_all_of_an_empty_prompt(llama):

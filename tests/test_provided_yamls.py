@@ -440,6 +440,28 @@ def test_an_edit_that_leaves_no_numbers_is_an_error(stats_dir, tmp_path, monkeyp
     assert same_state(before, state(editor.model))
 
 
+@pytest.mark.skipif(not on_main(), reason="for EasyEdit's main branch")
+def test_a_failed_edit_of_alphaedits_leaves_no_keys_behind(stats_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    editor = prepared("AlphaEdit", stats_dir, layers=[0])
+    its = host.submodule("models.alphaedit.AlphaEdit_main")
+
+    def fail() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(algorithms, "check_finite", lambda _weights: (_ for _ in ()).throw(ArithmeticError("not finite")))
+            with pytest.raises(ArithmeticError):
+                algorithms.apply_edit(editor, editor.model, REQUEST)
+
+    fail()
+    assert not its.cache_c_new
+    algorithms.apply_edit(editor, editor.model, REQUEST)
+    keys = its.cache_c.clone()
+    fail()
+    assert its.cache_c_new and torch.equal(its.cache_c, keys)
+    algorithms.apply_edit(editor, editor.model, REQUEST)  # goes on from the first
+    torch.testing.assert_close(its.cache_c, 2 * keys)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What is done once.
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from kdpo_easyedit.bench.protocols import Comparison, Example
 from kdpo_easyedit.bench.schema import PairedTest, Summary
 from kdpo_easyedit.report.charts import curve_chart, radar_chart, spokes
-from kdpo_easyedit.report.tables import ends, print_ablation, print_examples, print_tables, significance
+from kdpo_easyedit.report.tables import ends, print_ablation, print_examples, print_tables, significance, tables
 
 
 @pytest.fixture
@@ -58,6 +58,15 @@ def test_the_best_of_a_column_is_bold(comparison):
         assert re.search(rf"\x1b\[1m *{re.escape(best)}( \(\d+\))?\x1b", text)
     for other in ("99.0", "90.0", "70.0", "5.50", "5.95", "12.0"):
         assert other in text and not re.search(rf"\x1b\[1m *{re.escape(other)}\x1b", text)
+
+
+def test_a_method_that_could_make_no_edit_is_the_best_of_nothing(comparison):
+    """It has all of the locality, and takes no time."""
+    comparison.rows.append(replace(comparison.rows[1], method="MEMIT", locality=100.0, seconds_per_edit=0.0, failed=20))
+    of = tables(comparison)["single"]
+    assert not any(cell.best for cell in of["MEMIT"].values()) and of["KDPO"]["locality"].best
+    comparison.rows = [replace(row, failed=row.n_edits) for row in comparison.rows]  # nor has any other made one
+    assert not any(cell.best for methods in tables(comparison).values() for of in methods.values() for cell in of.values())
 
 
 def test_what_differs_from_kdpo_is_marked(comparison):

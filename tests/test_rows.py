@@ -191,6 +191,10 @@ def test_text_that_names_the_subject_of_an_edit_is_left_out(kdpo, requests, smal
     kept = ability.about_no_edit([*about, *texts], [first, second])
     assert kept and not set(about) & set(kept) and ability.about_no_edit(about, [{"prompt": "no subject"}]) == about
     assert ability.about_no_edit(["Gambia is a country", "the gambia"], [{"subject": "The Gambia"}]) == ["the gambia"]
+    # Scripts without spaces, and Korean's particles.
+    names = [{"subject": name} for name in ("東京", "กรุงเทพ", "서울", "Paris")]
+    texts = ["私は東京に住んでいます。", "ไปกรุงเทพมหานคร", "서울에서는 비가 온다", "他在Paris住", "Parisian life", "서울시"]
+    assert ability.about_no_edit(texts, names) == ["Parisian life", "서울시"]
     with pytest.raises(DatasetError, match="ability_text: every passage names the subject of an edit"):
         compare([kdpo], [first, second], [SEQUENTIAL], tmp_path / "all", ability_texts=about)
     assert not (tmp_path / "all").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -69,9 +70,11 @@ def test_a_journal_keeps_what_was_appended(tmp_path):
 @pytest.mark.parametrize("cut", range(1, 13))
 def test_a_truncated_line_is_dropped_and_the_rest_kept(tmp_path, cut):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"edit": 0}\n{"edit": 1}\n'[:-cut])
+    there = '{"edit": 0}\n{"edit": 1}\n'[:-cut]
+    path.write_text(there)
     journal = Journal(path)
     assert journal.entries == ([{"edit": 0}] if cut < 13 else [])
+    assert path.read_text() == there  # who only reads a run changes nothing in it
     journal.append({"edit": 1})
     assert Journal(path).entries == [{"edit": 0}, {"edit": 1}]
 
@@ -90,12 +93,20 @@ def test_another_run_is_not_mixed_in(tmp_path):
     with RunFolder(tmp_path / "run", settings) as run:
         assert run.journal("x.jsonl").entries == [1]
     with RunFolder(tmp_path / "run", settings, about={"device": "another"}) as run:
-        assert run.journal("x.jsonl").entries == [1] and run.read("run.json") == settings | {"about": {"device": "another"}}
+        assert run.journal("x.jsonl").entries == [1]
+        run.settle(weights="w")
+        assert run.read("run.json") == settings | {"found": {"weights": "w"}, "about": {"device": "another"}}
+    with RunFolder(tmp_path / "run", settings) as run:
+        run.settle(weights="w")
+        with pytest.raises(RunError, match=r"another run: weights is 'w' there and 'v' here.*--overwrite"):
+            run.settle(weights="v")
     other = {"seed": 0, "methods": {"FT": {"lr": 0.2}}, "data": "b"}
     with pytest.raises(RunError, match=r"methods.FT.lr is 0.1 there and 0.2 here; data is 'a' there and 'b' here.*--overwrite"):
         RunFolder(tmp_path / "run", other).__enter__()
+    (tmp_path / "run" / "x.jsonl").rename(tmp_path / "run" / "before.jsonl")
     with RunFolder(tmp_path / "run", other, overwrite=True) as run:
-        assert run.journal("x.jsonl").entries == []
+        assert run.journal("before.jsonl").entries == []
+        run.settle(weights="v")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -107,11 +118,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 
 def test_overwriting_removes_a_runs_files_and_no_others(tmp_path):
-    with RunFolder(tmp_path / "run", {}) as run:
-        run.write("summary.json", [])
-        (run.path / "notes.txt").write_text("mine")
+    mine = ["edits.jsonl", "figure.png", "metrics-of-mine.json", "notes.txt"]
+    with RunFolder(tmp_path / "run", {"methods": {"FT": {}}, "protocols": ["single"]}) as run:
+        for name in ("summary.json", "metrics-FT-single.json", "weights-FT.safetensors", "FT-single.jsonl", "radar.png", *mine):
+            (run.path / name).write_text("[]")
     with RunFolder(tmp_path / "run", {"new": 1}, overwrite=True) as run:
-        assert sorted(p.name for p in run.path.iterdir()) == [".lock", "notes.txt", "run.json"]
+        assert sorted(p.name for p in run.path.iterdir()) == sorted([".lock", "run.json", *mine])
 
 
 def enter(folder: Path, told: multiprocessing.SimpleQueue) -> None:
@@ -146,7 +158,7 @@ def test_a_full_disk_is_told_and_what_was_done_is_kept(tmp_path):
             RunError, match=r"y.jsonl: cannot be written: No space left on device. What was done is kept; make room"
         ):
             Journal.append(_unread(run.path / "y.jsonl"), {"edit": 0})
-        (run.path / "z.json.unfinished").symlink_to("/dev/full")
+        (run.path / f"z.json.{os.getpid()}.unfinished").symlink_to("/dev/full")
         with pytest.raises(RunError, match=r"z.json: cannot be written: No space left on device"):
             run.write("z.json", {"a": 1})
         assert run.read("z.json") is None
@@ -155,7 +167,7 @@ def test_a_full_disk_is_told_and_what_was_done_is_kept(tmp_path):
 
 def _unread(path: Path) -> Journal:
     journal = Journal.__new__(Journal)
-    journal.path, journal.entries = path, []
+    journal.path, journal.entries, journal._cut_off = path, [], None
     return journal
 
 

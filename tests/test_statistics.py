@@ -13,11 +13,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import REFERENCE, on_main, same_state, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_easyedit.bench import statistics_benchmark
+from kdpo_easyedit.cli.main import main
+from kdpo_easyedit.easyedit.hparams import load_hparams
+from kdpo_easyedit.easyedit.statistics import needs_statistics
 from kdpo_easyedit.method import statistics
+from kdpo_easyedit.method.config import HPARAMS_DIR
 from kdpo_easyedit.method.statistics import StatisticsError, Text
 
 LLAMA = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 2)]
@@ -456,3 +461,25 @@ def test_the_benchmark_takes_both_ways_in_turn_and_they_agree(monkeypatch, capsy
     assert all(float(pair.split("differ by ")[1].split()[0]) < 1e-5 for pair in pairs)
     ratios = sorted(float(pair.split(" × ")[0].split()[-1]) for pair in pairs)
     assert last == f"median of 3: {ratios[1]} × as fast, {ratios[0]} to {ratios[2]}"
+
+
+@pytest.mark.parametrize(("method", "by_choice"), [("ROME", True), ("R-ROME", True), ("MEMIT", False), ("AlphaEdit", False)])
+def test_a_flag_that_a_method_does_not_read_decides_nothing(method, by_choice):
+    if not on_main() and method not in ("ROME", "MEMIT"):
+        pytest.skip("for EasyEdit's main branch")
+    assert needs_statistics(load_hparams(method, "world", {"mom2_adjustment": True}))
+    assert needs_statistics(load_hparams(method, "world", {"mom2_adjustment": False})) is not by_choice
+    assert not needs_statistics(load_hparams("FT", "world"))
+
+
+def test_methods_of_different_models_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for method in ("ROME", "MEMIT"):
+        config = yaml.safe_load((HPARAMS_DIR / method / "world.yaml").read_text())
+        (tmp_path / "mine" / method).mkdir(parents=True)
+        (tmp_path / "mine" / method / "own.yaml").write_text(yaml.safe_dump(config | {"model_name": f"model-of-{method}"}))
+    arguments = ["--editing_method", "ROME", "MEMIT", "--hparams_dir", "mine/own", "--stats_text", "text.txt"]
+    with pytest.raises(SystemExit):
+        main(["statistics", *arguments])
+    told = capsys.readouterr().err
+    assert "set to edit different models: [('model-of-ROME', " in told and "name methods of one model" in told

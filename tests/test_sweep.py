@@ -180,12 +180,40 @@ def test_a_model_or_data_by_a_path_leads_out_of_no_folder(tmp_path, monkeypatch)
             {**TWO, "methods": "ROME", "protocols": "batches-2"},
             "ROME on world: edit_batch is 2, and ROME make one edit at a time",
         ),
+        (
+            {**TWO, "methods": "KDPO", "protocols": "batches-10", "sizes": [5, 10]},
+            "KDPO on world: edit_batch is 10, and there are 5 edits; allowed: at most as many as there are",
+        ),
+        *(({**TWO, key: []}, f"{key} is empty; name at least one") for key in ("protocols", "sizes", "seeds", "orders")),
     ],
 )
 def test_bad_input_is_told_before_anything_is_done(tmp_path, monkeypatch, capsys, content, message):
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", str(write(tmp_path, **content))]) == 2
     assert message in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "sweep").exists()
+
+
+def test_batches_larger_than_what_there_is_are_told_before_a_cell_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kdpo_easyedit.sweep.tasks.Here.submit", lambda *_: pytest.fail("a cell is run"))
+    Path("edits.json").write_text(json.dumps([{"subject": "Ann", "prompt": "Ann lives in", "target_new": "Rome"}]))
+    batches = {"models": "world", "methods": "KDPO", "protocols": ["single", "batches-100000"]}
+    for data, edits in ({"mine": "edits.json"}, 1), ({"own": None}, 500):
+        assert main(["sweep", str(write(tmp_path, **batches, data=data)), *LOCAL]) == 2
+        assert f"edit_batch is 100000, and there are {edits} edits" in capsys.readouterr().err
+        assert Path("sweep").exists() == ("own" in data)  # to know how many edits the world has it is built
+
+
+def test_a_key_given_twice_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("SWEEP.yaml").write_text("models: world\nmethods: [KDPO]\nsizes: 1\nmethods: [FT]\n")
+    assert main(["sweep", "SWEEP.yaml", "--dry_run"]) == 2
+    assert "the key 'methods' is given twice" in capsys.readouterr().err
+
+
+def test_contexts_and_checkpoints_may_be_none(tmp_path):
+    plan = read_plan(write(tmp_path, **TWO, context=[], eval_at=[]))
+    assert (plan.how.contexts, plan.eval_at) == ((), None)
 
 
 def test_a_dry_run_shows_the_cells_and_what_is_refused(tmp_path, monkeypatch, capsys):
@@ -241,6 +269,36 @@ def test_a_changed_sweep_is_not_mixed_with_what_is_there(tmp_path, monkeypatch, 
     assert main(["sweep", str(write(tmp_path, **cut)), "--quiet", *LOCAL]) == 0
     (before,) = Path("sweep/before").rglob("before.jsonl")
     assert all(file.read_bytes() == before.read_bytes() for file in Path("sweep/cells").rglob("before.jsonl"))
+
+
+def test_another_model_under_the_same_name_is_not_mixed_with_what_is_there(tmp_path, monkeypatch, capsys, small_world):
+    monkeypatch.chdir(tmp_path)
+
+    def call(model_name: str, method: str) -> int:
+        for of in ("FT", "KDPO"):
+            path = tmp_path / "mine" / of / "world.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(
+                yaml.safe_dump(yaml.safe_load((HPARAMS_DIR / of / "world.yaml").read_text()) | {"model_name": model_name})
+            )
+        content = {"models": "mine/world", "methods": method, "sizes": 1, "no_fluency": True}
+        return main(["sweep", str(write(tmp_path, **content)), "--quiet", *LOCAL])
+
+    assert call("wolrd", "FT") == 1  # which is none: no run of it is in the way
+    assert call("world", "FT") == 0
+    capsys.readouterr()
+    for method in ("FT", "KDPO"):
+        assert call(str(small_world.folder), method) == 2
+        told = f"holds runs of another model: model_name is 'world' there and {str(small_world.folder)!r} here. Name another"
+        assert told in capsys.readouterr().err
+    assert call("world", "FT") == 0 and "1 of 1 runs are done; " in capsys.readouterr().out
+
+
+def test_a_sweep_that_was_killed_before_it_began_goes_on(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json.1.unfinished").write_text("[{")
+    with opened(read_plan(write(tmp_path, **TWO)), tmp_path / "sweep"):
+        assert states(tmp_path / "sweep") == ["waiting"] * 4
 
 
 def test_how_the_cells_stand_is_on_disk_at_once_and_when_it_is_stopped(tmp_path, monkeypatch):

@@ -125,6 +125,16 @@ def test_methods_that_change_no_weights_are_told_apart(sweep, tmp_path):
     assert best == {"FT": True, "KDPO ‡": False} and list(table["ranks"]["mean"]["of"]) == ["FT"]
 
 
+def test_a_run_that_could_make_no_edit_is_the_best_of_nothing(sweep, tmp_path):
+    shutil.copytree(sweep, tmp_path / "s")
+    for file in (tmp_path / "s" / "cells" / "small").glob("FT*/summary.json"):
+        (row,) = json.loads(file.read_text())
+        file.write_text(json.dumps([row | {"failed": row["n_edits"], "locality": 101.0}]))
+    (table,) = content(tmp_path / "s", tmp_path / "s")["tables"]
+    best = {method: table["cells"][method]["small"]["figures"]["locality"]["best"] for method in ("KDPO", "FT")}
+    assert best == {"KDPO": True, "FT": False} and list(table["ranks"]["locality"]["of"]) == ["KDPO"]
+
+
 def test_nothing_done_yet_is_a_page_too(sweep, tmp_path):
     cells = [replace(cell, state="waiting") for cell in from_json(Cell, json.loads((sweep / "sweep.json").read_text()))]
     (tmp_path / "sweep.json").write_text(json_text(to_json(cells)))
@@ -154,6 +164,9 @@ def test_ranks_are_over_comparisons_that_all_methods_have_and_then_over_seeds():
     one, comparisons = ranks([of for of in runs if of.cell.seed == 0 and of.cell.model == "m"], "mean")
     assert comparisons == 1 and [(rank.mean, rank.interval) for rank in one.values()] == [(1, []), (2, []), (3, [])]
     assert ranks([of for of in runs if of.method == "D"], "mean") == ({}, 0)
+    # One that could make no edit is missing there.
+    failed = [replace(of, row=replace(of.row, failed=3)) if (of.method, of.cell.seed) == ("C", 0) else of for of in runs[:9]]
+    assert ranks(failed, "mean")[1] == 2
     # Of costs, less is better; a changed hyper-parameter is a row of its own.
     costs = [replace(of, row=replace(of.row, seconds_per_edit=of.row.mean)) for of in runs if of.row and of.cell.model == "m"]
     assert ranks(costs, "seconds_per_edit")[0]["C"].mean == 1

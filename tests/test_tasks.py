@@ -89,6 +89,7 @@ def test_without_the_harness_it_is_told_before_any_work(tmp_path, monkeypatch, c
     [
         (["--ability_limit", "3"], "--ability_limit is 3; allowed: a whole number, 1 or above, with --ability_tasks"),
         (["--hparams_dir", "qwen1.5-0.5b", "--data_dir", "x.json", "--ability_tasks", "mmlu"], "add --sequential_edit"),
+        (["--hparams_dir", "qwen1.5-0.5b", "--data_dir", "x.json", "--eval_at", "2"], "is for edits one after another"),
     ],
 )
 def test_flags_that_go_together(arguments, error, capsys):

@@ -140,9 +140,11 @@ def test_a_study_that_is_killed_in_a_trial_goes_on_to_the_same_result(tuned, thr
     assert [trial["state"] for trial in trials_of(tmp_path / "world" / "KDPO")] == ["COMPLETE", "RUNNING"]
     with (tmp_path / "world" / "KDPO" / "study.jsonl").open("a") as journal:
         journal.write('{"op_code":6,"worker')  # a line that was cut off
+    left = tmp_path / "world" / "KDPO" / "trials" / "001" / "weights-KDPO.safetensors.1.unfinished"
+    left.write_text("half")
     workers = Noting(tmp_path)
     tune(["KDPO"], three, tmp_path, workers)
-    assert workers.names == ["world/KDPO/trials/001", "world/KDPO/trials/002"]
+    assert workers.names == ["world/KDPO/trials/001", "world/KDPO/trials/002"] and not left.exists()
     assert len(edits) == 3 * 6 + 2  # the edit in which it was killed is made again, and the one that was not measured yet
     assert [{**trial, "rows": [uncosted(of) for of in trial["rows"]]} for trial in trials_of(tmp_path / "world" / "KDPO")] == [
         {**trial, "rows": [uncosted(of) for of in trial["rows"]]} for trial in whole
@@ -394,6 +396,32 @@ def test_trials_side_by_side_choose_the_same_whichever_is_done_first(three, tmp_
         found.append([trials_of(tmp_path / str(order) / "world" / method) for method in METHODS])
     assert found[0] == found[1] and [len(of) for of in found[0]] == [8, 8]
     assert len({trial["params"]["lr"] for trial in found[0][0]}) == 8
+
+
+def test_what_a_trial_chooses_follows_from_its_number_whoever_is_chosen_with_it(three, tmp_path):
+    for trials in (3, 4):  # two at once: the third alone, and with a fourth
+        tune(["KDPO"], replace(three, trials=trials, at_once=2), tmp_path / str(trials), Backwards(0))
+    three_, four = (trials_of(tmp_path / str(trials) / "world" / "KDPO") for trials in (3, 4))
+    assert three_ == four[:3]
+
+
+def test_added_trials_that_are_stopped_leave_a_yaml_that_is_still_the_studys(three, tmp_path):
+    class Stopping(Backwards):
+        def events(self) -> Iterator[Event]:
+            for number, event in enumerate(super().events()):
+                if number == 2:  # after the measurement before, and a trial
+                    raise KeyboardInterrupt
+                yield event
+
+    tune(["KDPO"], replace(three, trials=2), tmp_path, Backwards(0))
+    with pytest.raises(KeyboardInterrupt):
+        tune(["KDPO"], replace(three, trials=4), tmp_path, Stopping(0))
+    assert [trial["state"] for trial in trials_of(tmp_path / "world" / "KDPO")] == ["COMPLETE"] * 3 + ["RUNNING"]
+    (found,) = tune(["KDPO"], replace(three, trials=4), tmp_path, Backwards(0))
+    assert found.trials == 4 and "4 trials" in found.file.read_text()
+    found.file.write_text(found.file.read_text() + "# theirs\n")
+    with pytest.raises(TuneError, match="is there already"):
+        tune(["KDPO"], replace(three, trials=4), tmp_path, Backwards(0))
 
 
 def test_on_a_cluster_the_same_is_found_as_here(three, tmp_path):

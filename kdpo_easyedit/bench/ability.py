@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import regex
 import torch
 from torch import Tensor
 
+from ..method.preference import prompt_ids
+from .answers import KOREAN_PARTICLE, WORD
 from .batches import Batching, in_batches, logits_at, network, running
 from .datasets import DatasetError
 from .measuring import batching_for
@@ -29,7 +32,9 @@ def about_no_edit(texts: Sequence[str], requests: Iterable[Mapping[str, Any]]) -
     subjects.discard("")
     if not subjects:
         return list(texts)
-    named = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, subjects))})(?!\w)")
+    # A word by itself, where words are parted by spaces.
+    names = "|".join(map(regex.escape, subjects))
+    named = regex.compile(rf"(?<!{WORD})(?:{names})(?:{KOREAN_PARTICLE})?(?!{WORD})", regex.V1)
     return [text for text in texts if not named.search(text)]
 
 
@@ -49,14 +54,14 @@ class Reading:
 
     @property
     def perplexity(self) -> float:
-        """e to the mean loss."""
-        return math.exp(self.loss.double().mean().item())
+        """e to the mean loss; infinite where that is beyond all numbers."""
+        return _exp(self.loss.double().mean().item())
 
     @property
     def perplexity_interval(self) -> list[float]:
         """Its 95 % confidence interval, by bootstrap over the passages."""
         positions = [size for size, _ in self.sizes]
-        return [math.exp(end) for end in ratio_interval([of.sum().item() for of in self.loss.split(positions)], positions)]
+        return [_exp(end) for end in ratio_interval([of.sum().item() for of in self.loss.split(positions)], positions)]
 
     def divergence(self, before: Reading) -> float:
         """The mean of KL(before ‖ this) over the compared positions, in nats: how far next-token distributions have moved."""
@@ -72,6 +77,11 @@ class Reading:
         return (old.exp() * (old - new)).sum(-1)
 
 
+def _exp(loss: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
+
+
 def read(model: Any, tok: Any, texts: Sequence[str], tokens: int = TOKENS, batching: Batching = Batching()) -> Reading:
     """Let a model read passages, up to a number of tokens.
 
@@ -84,7 +94,7 @@ def read(model: Any, tok: Any, texts: Sequence[str], tokens: int = TOKENS, batch
     """
     passages: list[list[int]] = []
     for text in texts:
-        ids = tok(text, truncation=True, max_length=PASSAGE)["input_ids"]
+        ids = prompt_ids(tok, text)[:PASSAGE]  # without what a tokenizer closes every text with
         if len(ids) > 1:
             passages.append(ids)
         if sum(map(len, passages)) >= tokens:

@@ -61,12 +61,13 @@ class _Unit:
 # "ー" lengthens a vowel in Hiragana too, and Thai and Lao have vowels behind their consonant that Unicode counts as letters.
 _UNSPACED = r"[\p{L}&&[\p{Script=Han}\p{Script=Hiragana}\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}]]"
 _BEHIND = r"[\p{M}ー\u0e30\u0e32\u0e33\u0e45\u0e46\u0eb0\u0eb2\u0eb3\u0ebd\u0ec6]"
-_WORD = rf"[[\p{{L}}\p{{M}}\p{{N}}]--{_UNSPACED}--[\p{{Script=Katakana}}ー]]"
+#: A letter, mark or digit of a word that is written with spaces around it.
+WORD = rf"[[\p{{L}}\p{{M}}\p{{N}}]--{_UNSPACED}--[\p{{Script=Katakana}}ー]]"
 _UNIT = regex.compile(
     rf"""
-    (?P<number>(?:(?<![\p{{L}}\p{{M}}\p{{N}})])-)?(?>\d{{1,3}}(?:[ ]\d{{3}})+(?![\d.,]*\d)|\d+(?:[.,]\d+)*)(?!{_WORD}))
+    (?P<number>(?:(?<![\p{{L}}\p{{M}}\p{{N}})])-)?(?>\d{{1,3}}(?:[ ]\d{{3}})+(?![\d.,]*\d)|\d+(?:[.,]\d+)*)(?!{WORD}))
     |(?P<unspaced>{_UNSPACED}{_BEHIND}*|[\p{{Script=Katakana}}ー]+\p{{M}}*)
-    |(?P<word>{_WORD}+)
+    |(?P<word>{WORD}+)
     |(?P<symbols>[\p{{Sc}}%‰°№±×÷√∞≈≠≤≥+]+|(?<=[\p{{L}}\p{{M}}\p{{N}}])[#&@^]+|[#&@^]+(?=[\p{{L}}\p{{N}}])|[<>=~]+(?=\d))
     """,
     regex.VERBOSE | regex.V1,
@@ -75,9 +76,12 @@ _CHANGES_NUMBERS = regex.compile(
     r"[\p{Sc}%‰°]|[十百千万萬億亿兆만억]|(?:hundred|thousand|million|billion|trillion|milliard|dozen|lakh|crore|percent|[mbt]n$)"
     r"|mill(?:ones|iarden|ionen|ions|ón)$|тысяч|миллион|миллиард"
 )
-_KOREAN_PARTICLE = regex.compile(
-    "은|는|이|가|을|를|의|에|에서|에게|로|으로|와|과|도|만|이나|나|이며|며|이고|고|이다|다|입니다|이에요|예요|이었다|였다|이었습니다|였습니다"
+#: What a Korean word may end in.
+KOREAN_PARTICLE = (
+    "(?:은|는|이|가|을|를|의|와|과|도|만|이나|나|이며|며|이고|고|이다|다|입니다|이에요|예요|이었다|였다|이었습니다|였습니다"
+    "|(?:에서|에게|에|으로|로|까지|부터|이라고|라고)(?:는|도|만|의)?)"
 )
+_KOREAN_PARTICLE = regex.compile(KOREAN_PARTICLE)
 # Not numbers' own: those are in their units.
 _JOINING = regex.compile(r"[-–'/_·⁄\u05f3\u05f4]")
 _UNITS_OF_MEASURE = r"(?:[kcmn]m|[km]g|[kmg]?hz|[kmgt]b|[kmg]w|mph|kph|ft|lbs?|ha|ml|min|[mbt]n)"

@@ -24,7 +24,7 @@ from ..method.asking import asked, context_of
 from ..method.config import KDPOHyperParams, plain
 from ..method.statistics import Text
 from ..method.weights import read, write
-from .datasets import DatasetError, Request, flat
+from .datasets import DatasetError, Request, flat, written_out
 from .inputs import need_subject
 from .measuring import batching_for, check_length, target_probability
 from .protocols import Edit, Method, editor_of, timed_edit
@@ -85,7 +85,7 @@ def edit_by_hand(
         ContextError: the model has no template for the context.
         HostError: a model or device that cannot be had, or an edit that leaves no numbers.
     """
-    request = check_record(methods, record)
+    request, record = check_record(methods, record), in_full(record)
     save_edits = save_edits and save_edits.resolve()
     with prepared(methods, stats_text, quiet) as (methods, first, logs), algorithms.output_to(logs):
         prompts = _prompts(record, request, first)
@@ -113,7 +113,7 @@ def check_record(methods: Sequence[Method], record: dict[str, str]) -> Request:
     for field, text in record.items():
         if not text.strip():
             raise DatasetError(f"{field} is {text!r}; allowed: text that is not empty")
-    request = flat(record)
+    request = flat(in_full(record))
     if record.get("subject") and not request["subject"]:
         raise DatasetError(f"subject is {record['subject']!r}, which is not in the prompt {record['prompt']!r}")
     for method in methods:
@@ -123,6 +123,16 @@ def check_record(methods: Sequence[Method], record: dict[str, str]) -> Request:
         if context_of(record) != "plain" and not isinstance(method.hparams, KDPOHyperParams):
             raise DatasetError(f"context is {record['context']!r}; allowed with {method.name}: plain, as EasyEdit puts prompts")
     return {**request, "context": record["context"]} if context_of(record) != "plain" else request
+
+
+def in_full(record: dict[str, str]) -> dict[str, str]:
+    """A record by hand with its subject in the place of every prompt's ``{}``.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    subject = record.get("subject", "").strip()
+    return {key: written_out(text, subject, key) if key in PROMPTS else text for key, text in record.items()}
 
 
 def goes_by_subject(method: Method) -> bool:
@@ -181,7 +191,7 @@ class Session:
         Raises:
             DatasetError, ContextError, HostError: as :func:`edit_by_hand`; the model is as it was.
         """
-        request = check_record([self.method], record)
+        request, record = check_record([self.method], record), in_full(record)
         with algorithms.output_to(self._logs):
             prompts = _prompts(record, request, self)
             before, state = _said(self.model, self.tok, request, prompts, "before"), self._state()
@@ -275,7 +285,7 @@ def _prompts(record: dict[str, str], request: Request, loaded: Any) -> dict[str,
         ContextError: the model has no template for the context.
     """
     context = context_of(request)
-    found = {field: (request.get(field) or record[field].rstrip(), context) for field in PROMPTS if record.get(field)}
+    found = {field: (record[field], context) for field in PROMPTS if record.get(field)}
     if context != "plain":
         found["plain_prompt"] = (request["prompt"], "plain")
     for field, (prompt, its) in found.items():

@@ -80,9 +80,12 @@ def load_requests(
         try:
             edits = edits_of(records[number], datatype)
             notes[_NO_ANSWER] += not edits
-            for edit in edits:
-                if len(requests) != size:
-                    _add(requests, edit, need_subject, notes)
+            taken = [_add(requests, edit, need_subject, notes) if len(requests) != size else None for edit in edits]
+            for edit, request in zip(edits, taken):
+                # What follows from all of a record's edits does not follow from some.
+                if edit.together and request and not all(taken):
+                    notes["questions that need edits which are left out, left out"] += bool(request["portability"])
+                    request["portability"] = {}
         except DatasetError as error:
             raise DatasetError(f"{path}: record {number}: {error}") from None
         if len(requests) == size:
@@ -164,6 +167,9 @@ def _json(path: Path, text: str) -> Any:
 def _table(path: Path, text: str) -> list[Record]:
     header = text.partition("\n")[0]
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    names = [name for name in rows.fieldnames or () if name]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DatasetError(f"{path}: the column {twice!r} is there twice; give each a name of its own")
     try:
         records = [{key: value or None for key, value in row.items()} for row in rows]
     except csv.Error as error:
@@ -174,11 +180,11 @@ def _table(path: Path, text: str) -> list[Record]:
     return records
 
 
-def _add(requests: dict[str, Request], edit: Edit, need_subject: bool, notes: Counter[str]) -> None:
+def _add(requests: dict[str, Request], edit: Edit, need_subject: bool, notes: Counter[str]) -> Request | None:
     """Take an edit among the requests, or count why not."""
     if edit.target is None:
         notes[_NO_ANSWER] += 1
-        return
+        return None
     cut: Counter[str] = Counter()
     request = _request(edit, cut)
     if request["prompt"] in requests:
@@ -188,6 +194,8 @@ def _add(requests: dict[str, Request], edit: Edit, need_subject: bool, notes: Co
     else:
         requests[request["prompt"]] = request
         notes.update(cut)
+        return request
+    return None
 
 
 def _request(edit: Edit, notes: Counter[str]) -> Request:
@@ -195,12 +203,8 @@ def _request(edit: Edit, notes: Counter[str]) -> Request:
     given = edit.subject.strip()
 
     def prompt(text: str, name: str) -> str:
-        places = text.count("{}")
-        if places and (places > 1 or not given):
-            lack = "no subject is given" if places == 1 else f"there are {places} of them"
-            raise DatasetError(f"{name} is {short(text)}; {{}} is the place of the subject, and {lack}: write the prompt out")
         notes["prompts with white space at the end, cut"] += text != text.rstrip()
-        return _sound(text.replace("{}", given).rstrip(), name)
+        return written_out(text, given, name)
 
     def answer(text: str) -> str:
         notes["answers with white space around them, cut"] += text != text.strip()
@@ -230,6 +234,19 @@ def _request(edit: Edit, notes: Counter[str]) -> Request:
     return request
 
 
+def written_out(text: str, subject: str, name: str) -> str:
+    """A prompt with the subject in the place of its ``{}``, without white space at its end.
+
+    Raises:
+        DatasetError: there is no subject, or more than one place for it, or half a character; the message begins with ``name``.
+    """
+    places = text.count("{}")
+    if places and (places > 1 or not subject):
+        lack = "no subject is given" if places == 1 else f"there are {places} of them"
+        raise DatasetError(f"{name} is {short(text)}; {{}} is the place of the subject, and {lack}: write the prompt out")
+    return _sound(text.replace("{}", subject).rstrip(), name)
+
+
 def _sound(text: str, name: str) -> str:
     """A text that can be written and tokenised: JSON's escapes can also spell halves of characters.
 
@@ -244,8 +261,8 @@ def _sound(text: str, name: str) -> str:
 
 
 def _subject(subject: str, prompt: str) -> str:
-    """The subject as it stands in the prompt; empty where it does not."""
+    """The subject as it stands in the prompt; empty where it does not. In other letters it has to be a word by itself."""
     if subject in prompt:
         return subject
-    found = re.search(re.escape(subject), prompt, re.IGNORECASE)
+    found = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt, re.IGNORECASE)
     return found.group() if found else ""

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import BadStatusLine, HTTPException, IncompleteRead
 from typing import Any
 
 from .metrics import rephrasings
@@ -94,17 +95,17 @@ class Judge:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         for pause in (*_PAUSES, None):
             try:
+                request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
                 with urllib.request.urlopen(request, timeout=_SECONDS) as response:
                     return str(json.load(response)["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
-                said = " ".join(error.read(300).decode(errors="replace").split())
-                reason, again = f"HTTP {error.code}: {said or error.reason}", error.code == 429 or error.code >= 500
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                reason, again = f"HTTP {error.code}: {_said(error) or error.reason}", error.code == 429 or error.code >= 500
+            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
-                again = isinstance(error, OSError)  # no connection, or none in time
+                # No connection, none in time, or one that was lost on the way.
+                again = isinstance(error, (OSError, BadStatusLine, IncompleteRead))
             if not again or pause is None:
                 break
             time.sleep(pause)
@@ -136,6 +137,14 @@ def _questions(entry: EditMetrics, phase: Metrics) -> list[tuple[str, Question]]
         for kind, of in prompts.items()
         for prompt, answer in zip(of, phase.get("generated", {}).get(kind, ()))
     ]
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The beginning of what came with an error, as far as it came."""
+    try:
+        return " ".join(error.read(300).decode(errors="replace").split())
+    except (OSError, HTTPException):
+        return ""
 
 
 def _verdict(reply: str) -> bool | None:

@@ -37,6 +37,7 @@ class Edit:
         rephrasings: the prompt in other words.
         locality: a kind → questions whose answers should stay.
         portability: a kind → questions whose answers should follow.
+        together: whether they follow from all of the record's edits together, and from none alone.
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class Edit:
     rephrasings: list[str] = field(default_factory=list)
     locality: dict[str, list[Question]] = field(default_factory=dict)
     portability: dict[str, list[Question]] = field(default_factory=dict)
+    together: bool = False
 
 
 def edits_of(record: Record, datatype: str | None = None) -> list[Edit]:
@@ -100,8 +102,7 @@ def _zsre(record: Record, prompt: str = "src", target: str = "alt") -> Iterator[
     """
     new = None if record.get(target) in (None, "") else _target(record, target)
     portability = {"personas": _asked(record, "personas", target), "multi_hop": _asked(record, "mhop", "mhop_ans")}
-    if record.get("portability"):
-        portability["one_hop"] = _asked(_mapping(record, "portability"), "New Question", "New Answer")
+    portability["one_hop"] = _one_hop(record)
     truth = "answers" if "answers" in record else "ground_truth"
     yield Edit(
         prompt=_text(record, prompt),
@@ -139,7 +140,13 @@ def _rome(record: Record) -> Iterator[Edit]:
         ground_truth=true,
         rephrasings=_rephrasings(record, "paraphrase_prompts"),
         locality={"neighborhood": [(prompt, true) for prompt in _texts(record, "neighborhood_prompts")]},
+        portability={"one_hop": _one_hop(record)},
     )
+
+
+def _one_hop(record: Record) -> list[Question]:
+    """EasyEdit's question of what follows, in its files of ZsRE and CounterFact."""
+    return _asked(_mapping(record, "portability"), "New Question", "New Answer") if record.get("portability") else []
 
 
 def _mquake(record: Record) -> Iterator[Edit]:
@@ -153,6 +160,7 @@ def _mquake(record: Record) -> Iterator[Edit]:
             ground_truth=_answer(rewrite.get("target_true"), "target_true"),
             rephrasings=_rephrasings(rewrite, "question"),
             portability={"multi_hop": [(question, answer) for question in _texts(record, "questions")]},
+            together=True,
         )
 
 
@@ -207,8 +215,28 @@ def _hallu(record: Record) -> Iterator[Edit]:
     )
 
 
-#: What a sentence of RippleEdits has between its subject and its answer, where that is not "is".
-_RIPPLE_ENDINGS = {"SIBLING": " are", "CAST_MEMBER": " are", "FOLLOWS": " follows", "FOLLOWED_BY": " is followed by"}
+#: What stands around the subject in RippleEdits' sentences (its src/relation.py), where that is not "RELATION of {} is".
+_RIPPLE = {
+    "SIBLING": "siblings of {} are",
+    "NUMBER_OF_CHILDREN": "number of children {} has is",
+    "SEX_OR_GENDER": "gender of {} is",
+    "COUNTRY": "country which {} is associated with is",
+    "POSITION_HELD": "position held by {} is",
+    "MEMBER_OF_SPORTS_TEAM": "sports team which {} is a member of is",
+    "LEAGUE": "league which {} plays in is",
+    "NATIVE_LANGUAGE": "mother tongue of {} is",
+    "AWARD_RECEIVED": "award {} won is",
+    "FOLLOWS": "{} follows",
+    "FOLLOWED_BY": "{} is followed by",
+    "ETHNIC_GROUP": "ethnic group which {} is associated with is",
+    "RELIGION": "religion which {} is associated with is",
+    "CONTINENT": "continent which {} is part of is",
+    "CAPITAL": "capital city of {} is",
+    "CURRENCY": "currency in {} is",
+    "LIKELY_ANTHEM": "most likely to be performed in {} is",
+    "CAPITAL_OF": "country which {} is the capital of is",
+    "CAST_MEMBER": "cast members of {} are",
+}
 
 
 def _ripple(record: Record) -> Iterator[Edit]:
@@ -223,19 +251,19 @@ def _ripple(record: Record) -> Iterator[Edit]:
     )
     same = takewhile(lambda pair: pair[0] == pair[1], zip(sentence, before if isinstance(before, str) else sentence))
     shared = "".join(letter for letter, _ in same)
-    ending = _RIPPLE_ENDINGS.get(relation, " is")
-    end = shared.rfind(f"{ending} ")
-    end = end + len(ending) if end >= 0 else shared.rfind(" ") if before else -1
+    opening, ending = _RIPPLE.get(relation, f"{relation.lower().replace('_', ' ')} of {{}} is").split("{}")
+    verbs = (shared.rfind(f"{verb} ") + len(verb) for verb in (ending, " is") if f"{verb} " in shared)
+    end = next(verbs, shared.rfind(" ") if before else -1)
     prompt, target = sentence[: max(end, 0)], sentence[max(end, 0) :].strip().removesuffix(".")
     if not prompt or not target:
         raise DatasetError(f"edit.prompt is {short(sentence)}; expected a sentence that ends in its answer, '… is ANSWER.'")
-    of = f"{relation.lower().replace('_', ' ')} of "
+    named = prompt.removesuffix(ending) if prompt.endswith(ending) else ""
     kinds = {key: _ripple_tests(record, key) for key in record if isinstance(record[key], list)}
     keep = {key for key in kinds if key.startswith(("Relation_Spec", "Forget"))}
     yield Edit(
         prompt=prompt,
         target=target,
-        subject=prompt.removesuffix(ending).partition(of)[2],
+        subject=named.partition(opening)[2] if opening else named,
         ground_truth=before[len(prompt) :].strip().removesuffix(".") if isinstance(before, str) else None,
         locality={key: kinds[key] for key in kinds if key in keep},
         portability={key: kinds[key] for key in kinds if key not in keep},

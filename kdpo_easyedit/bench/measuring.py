@@ -21,7 +21,7 @@ from .batches import Batching
 from .datasets import DatasetError, Request
 from .metrics import harmonic_score, probe, rephrasings, with_locality
 from .metrics import measure as measure_in_batches
-from .schema import FOUR, MEASURES, EditMetrics, Metrics, Summary
+from .schema import FOUR, MEASURES, EditMetrics, Metrics, Summary, batch_size
 from .significance import joint_interval, mean_interval, share_interval
 from .writing import write_answers
 
@@ -241,8 +241,9 @@ def summarise(method: str, protocol: str, metrics: Sequence[EditMetrics], phase:
             intervals["score"] = joint_interval(shares, harmonic_score)
     if phase == "post":
         for key, centre_of in (("seconds_per_edit", np.mean), ("megabytes_per_edit", np.median)):
-            if len(values[key]) > 1:
-                intervals[key] = mean_interval(values[key], centre=centre_of)
+            of_batches = values[key][:: batch_size(protocol)]  # whose edits share what was measured once
+            if len(of_batches) > 1:
+                intervals[key] = mean_interval(of_batches, centre=centre_of)
     once = [entry.once for entry in metrics if entry.once is not None] if phase == "post" else []
     means["once_seconds"] = round(sum(once), 4) if once else None
     failed = sum(entry.error is not None for entry in metrics) if phase == "post" else 0

@@ -246,6 +246,17 @@ def harmonic_score(shares: Sequence[float]) -> float:
 NEGATED, CLAIM = "The following is false: {prompt}", "{prompt} {answer}\nTrue or false? Answer:"
 
 
+def probes_of(request: Request) -> list[tuple[str, str]]:
+    """What :func:`probe` asks of a request, as prompts and answers: six, or none where there is no old answer."""
+    if not (old := request.get("ground_truth")):
+        return []
+    prompt, answers = request["prompt"], (request["target_new"], old)
+    claims = [CLAIM.format(prompt=prompt, answer=answer) for answer in answers]
+    return [(NEGATED.format(prompt=prompt), answer) for answer in answers] + [
+        (claim, verdict) for claim in claims for verdict in ("True", "False")
+    ]
+
+
 def probe(model: Any, tok: Any, requests: Sequence[Request], batching: Batching = BY_DEVICE) -> list[Metrics]:
     """Whether an edit stays with what it says: probes of negation and contradiction, of requests that have an old answer.
 
@@ -253,14 +264,8 @@ def probe(model: Any, tok: Any, requests: Sequence[Request], batching: Batching 
         For each request ``negation``, 1.0 where after the denied prompt the old answer is more probable than the new one, and
         ``contradiction``, 1.0 where the model holds both answers to be true; empty without an old answer.
     """
-    asked: list[tuple[str, str]] = []
-    for request in requests:
-        if old := request.get("ground_truth"):
-            prompt, answers = request["prompt"], (request["target_new"], old)
-            asked += [(NEGATED.format(prompt=prompt), answer) for answer in answers]
-            claims = [CLAIM.format(prompt=prompt, answer=answer) for answer in answers]
-            asked += [(claim, verdict) for claim in claims for verdict in ("True", "False")]
-    owners = [number for number, request in enumerate(requests) if request.get("ground_truth") for _ in range(6)]
+    asked = [question for request in requests for question in probes_of(request)]
+    owners = [number for number, request in enumerate(requests) for _ in probes_of(request)]
     said = iter(teacher_forced(model, tok, asked, batching.of(owners)))
     found: list[Metrics] = []
     for request in requests:

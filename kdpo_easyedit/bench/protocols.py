@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,9 @@ from ..easyedit.measuring import own_summary
 from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
 from ..edits.factors import Factors, from_tensors, to_tensors
-from ..edits.file import check_place, one_by_one
+from ..edits.file import check_place, one_by_one, samples_of
 from ..method import kdpo_c
+from ..method.asking import asked
 from ..method.config import HParamsError, KDPOHyperParams, plain
 from ..method.kdpo import EditTrace, note_unedited
 from ..method.replay import projecting_by_rows, runs_by_rows
@@ -58,6 +60,7 @@ from .measuring import (
     summarise,
     token_accuracy,
 )
+from .metrics import probes_of
 from .peak import PeakMemory
 from .runs import Journal, RunFolder
 from .schema import (
@@ -234,7 +237,8 @@ def compare(
     }
     with RunFolder(folder, settings, overwrite, about) as run, algorithms.output_to(folder):
         first = _first_editor(methods[0], loaded)
-        _check_room(requests, first.model, first.tok)
+        run.settle(weights=samples(first.model))
+        _check_room(requests, first.model, first.tok, how)
         prepare(first.model, first.tok, [method.hparams for method in methods], stats_text, quiet)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
         journal = run.adopt("before.jsonl", before) if before else run.journal("before.jsonl")
@@ -244,9 +248,11 @@ def compare(
         unedited = replace(unedited, tokens_per_second=run.tokens_per_second("before"))
         ability = None
         if sequences and (ability_texts or tasks):
-            with run.measuring("before"):
+            able = run.read("ability-before.json")
+            # A run that goes on needs its texts' distributions again, which is no part of what measuring takes.
+            with nullcontext() if able else run.measuring("before"):
                 ability = Ability.of(first.model, first.tok, ability_texts, tasks)
-                able = run.read("ability-before.json") or ability.left_in(first.model, first.tok, edited=False)
+                able = able or ability.left_in(first.model, first.tok, edited=False)
             run.write("ability-before.json", able)
             unedited = with_ability(unedited, able)
         judging = Judge(*judge, run.journal("judge.jsonl")) if judge else None
@@ -387,9 +393,15 @@ def measure_before(
     settings = settings_of([], requests, [], seed, None, how, ()) | {"model": plain(method.hparams)["model_name"]}
     with RunFolder(folder, settings) as run, algorithms.output_to(folder):
         editor = _first_editor(method, loaded)
-        _check_room(requests, editor.model, editor.tok)
+        run.settle(weights=samples(editor.model))
+        _check_room(requests, editor.model, editor.tok, how)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
         _measure_before(run.journal("before.jsonl"), editor, requests, seed, how, bar)
+
+
+def samples(model: Any) -> str:
+    """What a model's weights are known by, wherever they lie: a hash of samples of all of them."""
+    return hashlib.sha256(json.dumps(samples_of(model)).encode()).hexdigest()[:16]
 
 
 def _first_editor(method: Method, loaded: tuple[Any, Any] | None) -> Any:
@@ -734,7 +746,7 @@ def timed_edit(editor: Any, model: Any, request: Request | Sequence[Request], se
     requests = [request] if isinstance(request, Mapping) else request
     of_each: list[dict[str, Any]] = []
     for number, each in enumerate(requests):
-        entry: dict[str, Any] = {"memory": memory, "once": once / len(requests)}
+        entry: dict[str, Any] = {"memory": memory and memory // len(requests), "once": once / len(requests)}
         if len(traces) == len(requests):
             entry |= traces[number].to_dict()
             entry["negative_texts"] = [editor.tok.decode(tokens) for tokens in traces[number].negatives]
@@ -760,19 +772,26 @@ def _compare_rows(run: RunFolder, rows: Sequence[Summary]) -> list[PairedTest]:
     return tests
 
 
-def _check_room(requests: Sequence[Request], model: Any, tok: Any) -> None:
+def _check_room(requests: Sequence[Request], model: Any, tok: Any, how: Measuring) -> None:
     for number, request in enumerate(requests):
         texts = [("prompt and target_new", f"{request['prompt']} {request['target_new']}")]
         for prompt in rephrasings(request):
             texts.append(("rephrase_prompt and target_new", f"{prompt} {request['target_new']}"))
         for section in ("locality", "portability"):
-            for kind, asked in request[section].items():
-                pairs = zip(asked["prompt"], asked["ground_truth"])
+            for kind, questions in request[section].items():
+                pairs = zip(questions["prompt"], questions["ground_truth"])
                 texts += [(f"a prompt and answer of {section}.{kind}", f"{prompt} {answer}") for prompt, answer in pairs]
         if old := request.get("ground_truth"):  # which ES, PS and NS are measured with
             texts += [("a prompt and ground_truth", f"{prompt} {old}") for prompt in (request["prompt"], *rephrasings(request))]
-            prompts = [prompt for asked in request["locality"].values() for prompt in asked["prompt"]]
+            prompts = [prompt for questions in request["locality"].values() for prompt in questions["prompt"]]
             texts += [("a prompt of locality and target_new", f"{prompt} {request['target_new']}") for prompt in prompts]
+            if how.probes:
+                texts += [("a prompt and answer of a probe", f"{prompt} {answer}") for prompt, answer in probes_of(request)]
+        for context in how.contexts:
+            for prompt in (request["prompt"], *rephrasings(request)):
+                texts.append(
+                    (f"a prompt as {context} and target_new", asked(tok, prompt, context).answered(request["target_new"]))
+                )
         for what, text in texts:
             check_length(f"edit {number} ({request['prompt'][:60]!r}…): {what}", text, model, tok)
 

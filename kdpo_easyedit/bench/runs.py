@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ..files import json_text, whole
 
-#: What a run writes, and so what ``overwrite`` removes.
+# What a run writes, and so what ``overwrite`` removes; and what it writes of a method under a protocol.
 _OURS = (
-    "run.json", "summary.json", "curve.json", "tests.json", "easyedit-summary.json", "metrics-*.json", "ability-*.json",
-    "*.jsonl", "weights-*.safetensors", "*.png", "report.html", "summary.md", "summary.tex", "*.unfinished",
+    "run.json", "summary.json", "curve.json", "tests.json", "easyedit-summary.json", "ability-before.json", "before.jsonl",
+    "measuring.jsonl", "judge.jsonl", "radar.png", "curve.png", "report.html", "summary.md", "summary.tex",
     "logs/easyedit.log",
 )  # fmt: skip
+_OF_ROW = ("{row}.jsonl", "metrics-{row}.json", "metrics-{row}-at-*.json", "ability-{row}.json", "ability-{row}-at-*.json")
 
 
 class RunError(RuntimeError):
@@ -59,6 +60,7 @@ class RunFolder:
         self.settings = json.loads(json.dumps(settings))
         self.overwrite = overwrite
         self.about = about or {}
+        self._found: dict[str, Any] = {}
 
     def __enter__(self) -> RunFolder:
         with _told(self.path):
@@ -81,20 +83,50 @@ class RunFolder:
     def _claim(self) -> None:
         record = self.path / "run.json"
         if not record.exists():
-            if any(name not in (".lock", "run.json.unfinished") for name in os.listdir(self.path)):
+            if any(name != ".lock" and not name.endswith(".unfinished") for name in os.listdir(self.path)):
                 raise RunError(f"{self.path}: the folder is not empty, and what it holds is no run; name another")
         elif self.overwrite:
-            for pattern in _OURS:
+            for pattern in (*_OURS, *self._of_rows()):
                 for file in self.path.glob(pattern):
                     file.unlink()
         else:
-            there = {key: value for key, value in self.read("run.json").items() if key != "about"}
-            found = differences(there, self.settings)
-            if found and any(self.path.glob("*.jsonl")):  # else it was given up before anything was measured
-                raise RunError(
-                    f"{self.path}: the folder holds another run: {'; '.join(found)}. Name another folder, or {self.anew}"
-                )
-        self.write("run.json", {**self.settings, "about": self.about})
+            there = {"found": {}, **self.read("run.json")}
+            if any(self.path.glob("*.jsonl")):  # else it was given up before anything was measured
+                self._check(differences({key: there[key] for key in there if key not in ("about", "found")}, self.settings))
+                self._found = there["found"]
+        for file in self.path.glob("*.unfinished"):  # what a killed process was writing, of a model's size maybe
+            file.unlink()
+        self._write_record()
+
+    def _check(self, differing: Sequence[str]) -> None:
+        if differing:
+            raise RunError(
+                f"{self.path}: the folder holds another run: {'; '.join(differing)}. Name another folder, or {self.anew}"
+            )
+
+    def _write_record(self) -> None:
+        self.write("run.json", {**self.settings, "found": self._found, "about": self.about})
+
+    def settle(self, **found: Any) -> None:
+        """Add to the settings what is known only once the model is loaded.
+
+        Raises:
+            RunError: the folder holds a run of which something else is known.
+        """
+        self._check(differences({key: self._found[key] for key in found if key in self._found}, found) if self._found else [])
+        self._found |= found
+        self._write_record()
+
+    def _of_rows(self) -> Iterator[str]:
+        """What the run that is there has written of its methods; a user's own files may lie beside it."""
+        try:
+            there = self.read("run.json")
+            rows = [(method, protocol) for method in there["methods"] for protocol in there["protocols"]]
+        except (RunError, KeyError, TypeError):  # it cannot be read, or is no run's
+            return
+        for method, protocol in rows:
+            yield from (pattern.format(row=f"{method}-{protocol}") for pattern in _OF_ROW)
+            yield f"weights-{method}*.safetensors"
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file whole or not at all."""
@@ -170,7 +202,7 @@ class Journal:
     """A file of JSON lines, each of them on disk before the next thing begins.
 
     Attributes:
-        entries: what it holds. A last line that was cut off is dropped.
+        entries: what it holds. A last line that was cut off is none of it, and goes once another is added.
 
     Raises:
         RunError: a line before the last is not JSON.
@@ -189,12 +221,19 @@ class Journal:
                     raise RunError(f"{path}: line {number + 1} cannot be read; start anew with --overwrite") from None
                 break
             whole += len(line) + 1
-        if lines and whole < path.stat().st_size:
-            with _told(path):
-                os.truncate(path, whole)
+        # Of a line that was cut off, where it begins. Reading changes nothing: another process may be writing it.
+        self._cut_off = whole if lines and lines[len(self.entries) :] != [b""] else None
+
+    def mend(self) -> None:
+        """Drop a last line that was cut off."""
+        if self._cut_off is not None:
+            with _told(self.path):
+                os.truncate(self.path, self._cut_off)
+            self._cut_off = None
 
     def append(self, entry: Any) -> None:
         """Add a line."""
+        self.mend()
         line = json_text(entry).encode() + b"\n"
         with _told(self.path), self.path.open("ab") as file:
             file.write(line)
@@ -209,6 +248,7 @@ class Journal:
             lines = self.path.read_bytes().splitlines(keepends=True)
             with _whole(self.path) as unfinished:
                 unfinished.write_bytes(b"".join(lines[:length]))
+            self._cut_off = None
 
 
 @contextmanager

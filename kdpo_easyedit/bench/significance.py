@@ -18,13 +18,16 @@ def share_interval(percentages: Sequence[float]) -> list[float]:
 
     Unlike the bootstrap's it is right at the ends: 100 of 100 is 96.3 to 100. An edit's share may be a mean over prompts and
     tokens, which varies less than yes and no would; n is then the number of such answers that vary as much,
-    n p (1 − p) / s² (the effective sample size of a survey), with s² the variance over the edits.
+    n p (1 − p) / s² (the effective sample size of a survey), with s² the variance over the edits. Where fewer than five edits
+    differ from all or from nothing, they tell no such variance, and n is at most the edits' number.
     """
     values = np.asarray(percentages) / 100
     n, p = len(values), values.mean()
     variance = values.var(ddof=1)
     if variance > 0 and 0 < p < 1:
-        n = n * p * (1 - p) / variance
+        effective = n * p * (1 - p) / variance
+        known = min(np.count_nonzero(values < 1), np.count_nonzero(values > 0)) >= 5
+        n = effective if known else min(n, effective)
     spread = _Z**2 / n
     centre, half = (p + spread / 2) / (1 + spread), np.sqrt(spread * (p * (1 - p) + spread / 4)) / (1 + spread)
     return [round(float(100 * end), 4) for end in np.clip((centre - half, centre + half), 0, 1)]

@@ -28,14 +28,20 @@ def versions() -> dict[str, str]:
 
 
 def _commit(folder: Path) -> str:
-    """The commit of a checkout; empty where a folder is in none, or is not tracked by the one that it is in."""
-    git = ["git", "-C", str(folder)]
+    """The commit of a checkout, and the sources' hash where these were changed since; empty where a folder is in none, or is
+    not tracked by the one that it is in."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+
     try:
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, timeout=30)
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=30)
+        tracked = git("ls-files", "--error-unmatch", "__init__.py")
+        head, changed = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", "*.py")
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return f"commit {head.stdout.strip()}" if tracked.returncode == head.returncode == 0 else ""
+    if tracked.returncode or head.returncode:
+        return ""
+    return f"commit {head.stdout.strip()}" + (f" and {_sources(folder)}" if changed.stdout.strip() else "")
 
 
 def _sources(folder: Path) -> str:

@@ -110,7 +110,7 @@ _STOP = regex.compile(
        (?<!\b(?:\p{Lu}|Mrs?|Ms|Dr|Prof|St|Ste|Mt|Ft|Rev|Gen|Col|Capt|Lt|Sgt|Gov|Sen|Rep|Hon|Pres)
           |\b(?:Nos?|Vol|Op|pp?)(?=\.\s*\d))\.)
     ["”’')\]*]*(?=\s+[^\s\p{Ll}])
-    |[。！？｡]+[”」』）]*
+    |[。！？｡।॥؟۔։]+[”」』）»]*
     |(?=[\n\r])
     """,
     regex.VERBOSE,

@@ -17,6 +17,9 @@ from ..bench.facts import FILES
 from ..bench.metrics_benchmark import MetricsBenchmark, benchmark_metrics, whole_words
 from ..devices import DTYPES
 
+# A step is timed from the one before it; four of the tokens are the target's, and the rest a prompt.
+_LEAST = {"steps": 2, "tokens": 6, "repeats": 1}
+
 DESCRIPTION = "What an edit costs: the straightforward form of the method against this package's, in one run."
 
 
@@ -53,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure, and print it."""
+    for flag, least in _LEAST.items():
+        if getattr(options, flag) < least:
+            parser.error(f"--{flag} is {getattr(options, flag)}; allowed: a whole number, {least} or above")
     dtype, console = getattr(torch, options.dtype), Console(highlight=False)
     what = f"{options.dtype} on {options.device} ({torch.get_num_threads()} threads)"
     if options.edit:

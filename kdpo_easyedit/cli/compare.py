@@ -199,6 +199,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     protocols = [SEQUENTIAL] if options.sequential_edit or options.ablation else [SINGLE, SEQUENTIAL] if main_job else [SINGLE]
     if options.edit_batch:
         protocols = [in_batches(size) for size in dict.fromkeys(options.edit_batch)]
+    if options.eval_at and SEQUENTIAL not in protocols:
+        parser.error(f"--eval_at is {options.eval_at}, and is for edits one after another; add --sequential_edit")
     if options.ability_tasks and protocols == [SINGLE]:
         parser.error("--ability_tasks measures the model after a sequence; add --sequential_edit")
     protocols += [in_order(number) for number in range(2, options.orders + 1)]

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    from ..bench.by_hand import Session, check_record, edit_by_hand
+    from ..bench.by_hand import Session, check_record, edit_by_hand, in_full
     from ..bench.protocols import check
     from ..bench.schema import SEQUENTIAL, SINGLE
     from ..report.by_hand import print_by_hand
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return 0
     check_record(methods, record)
     found = edit_by_hand(methods, record, options.seed, save_edits, own_text(methods), options.quiet)
-    print_by_hand(record, found, console)
+    print_by_hand(in_full(record), found, console)
     if save_edits:
         console.print(f"the edit is in {save_edits}")
     return 0

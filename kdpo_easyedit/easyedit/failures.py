@@ -12,7 +12,7 @@ from torch import nn
 
 from ..method.weights import read, write
 from ..plugin import is_easyedit
-from .lifelong import learnt
+from .lifelong import learnt, left
 
 # The edits that WISE keeps in its module, to train on them again.
 _HISTORIES = ("edit_history", "merge_group_edit_history")
@@ -29,8 +29,8 @@ def as_it_was_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[Non
     inside = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _of_easyedit(model)]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(module, _attributes(module)) for module in model.modules()]
-    histories = [(its, _histories(its)) for name, its in list(sys.modules.items()) if is_easyedit(name)]
-    learnt_before = dict(learnt)
+    memories = [(its, _memory(its)) for name, its in list(sys.modules.items()) if is_easyedit(name)]
+    learnt_before, left_before = dict(learnt), dict(left)
     try:
         yield
     except BaseException:
@@ -42,10 +42,12 @@ def as_it_was_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[Non
         with torch.no_grad():
             for tensor, value in inside:
                 tensor.copy_(value)
-        for its, kept in histories:
+        for its, kept in memories:
             vars(its).update(kept)
         learnt.clear()
         learnt.update(learnt_before)
+        left.clear()
+        left.update(left_before)
         raise
 
 
@@ -88,5 +90,11 @@ def _of_easyedit(model: nn.Module) -> list[torch.Tensor]:
     return list(found.values())
 
 
-def _histories(its: Any) -> dict[str, list[Any]]:
-    return {name: list(vars(its)[name]) for name in _HISTORIES if isinstance(vars(its).get(name), list)}
+def _memory(its: Any) -> dict[str, Any]:
+    """What a module of EasyEdit's keeps of the edits so far: WISE's, and the keys of AlphaEdit's and its kin."""
+    kept: dict[str, Any] = {name: list(vars(its)[name]) for name in _HISTORIES if isinstance(vars(its).get(name), list)}
+    if "cache_c_new" in vars(its):
+        kept["cache_c_new"] = its.cache_c_new
+        if its.cache_c_new:
+            kept["cache_c"] = its.cache_c.clone()  # which is added to in place
+    return kept

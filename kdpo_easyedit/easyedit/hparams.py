@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from ..method.config import (
     HParamsError,
@@ -20,14 +22,29 @@ from ..method.config import (
     read_yaml,
 )
 from ..method.families import family_of, output_layer_of
-from .host import IS_RELEASE, HostError, submodule
+from .host import IS_RELEASE, HostError
 from .methods import RELEASE_BEHAVIOUR, hyper_params_class
 
 # Fine-tuning goes by two names in the field: FT-L (objective_optimization: prompt_last), which is what both EasyEdits have
 # and call FT, and FT-M (target_new). Both are the algorithm FT.
 _ALGORITHMS = {"FT-L": "FT", "FT-M": "FT", "KDPO+C": "KDPO"}
 _OBJECTIVES = {"FT-L": "prompt_last", "FT-M": "target_new"}
-_FACT_TOKENS = ("last", "subject_first", "subject_last", "subject_first_after_last")
+# The words that EasyEdit's code compares with; most others it takes without a word, and runs as something else. FT says itself
+# what its objective_optimization cannot be.
+_WORDS = {
+    "fact_token": ("last", "subject_first", "subject_last", "subject_first_after_last"),
+    "mom2_dtype": ("float32", "float64"),  # float16 holds no sums over a text
+    "val_init": ("cold", "warm"),
+    "val_train": ("sgd", "adv"),
+    "replacement": ("replace_all", "replace_last", "replace_prompt"),
+    "eps_expand": ("coverage", "moving_average"),
+    "merge_alg": ("slerp", "ties", "magnitude_norm", "magnitude", "sign", "dare_ties", "dare_linear", "linear"),
+    "lora_type": ("lora", "adalora"),
+    "solver": ("LU", "Cholesky", "SVD"),
+}
+_WORDS_OF_WISE = {"objective_optimization": ("only_label",)}
+# The methods for which no layers are all layers.
+_OF_ALL_LAYERS = ("LoRA", "DPO")
 
 
 def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -46,6 +63,10 @@ def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, 
         raise HParamsError(str(error)) from None
     path = find_hparams(method, name_or_path)
     config = read_yaml(path)
+    given = dict(overrides or {})
+    if algorithm == "WISE":
+        config, given = _margins_apart(config), _margins_apart(given)
+    config |= given
     if config.get("alg_name") != algorithm:
         raise HParamsError(f"{path}: alg_name is {config.get('alg_name')!r}; allowed for {method}: {algorithm!r}")
     if cls is KDPOHyperParams:
@@ -55,23 +76,19 @@ def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, 
         if method == "KDPO" and hparams.mom2_adjustment:
             raise HParamsError(f"{path}: mom2_adjustment is true, which makes it another method; name it KDPO+C")
         return hparams
-    config |= overrides or {}
     objective = _OBJECTIVES.get(method)
     if objective and config.get("objective_optimization", objective) != objective:
         raise HParamsError(
             f"{path}: objective_optimization is {config['objective_optimization']!r}; {method} is FT with {objective!r}"
         )
     dtype = config.pop("dtype", None)  # a key of ours, in every method's YAML
-    config = submodule("util.hparams").HyperParams.construct_float_from_scientific_notation(config)
-    margins = config.get("act_margin")
-    if algorithm == "WISE" and isinstance(margins, list) and len(margins) == 3:  # EasyEdit's YAMLs have one key for three
-        config |= zip(("alpha", "beta", "gamma"), config.pop("act_margin"))
     try:
         if IS_RELEASE:
             _drop_keys_of_main(cls, config)
         left_out = [f.name for f in fields(cls) if f.name in _follow_from_family(algorithm) and f.name not in config]
         config |= dict.fromkeys(left_out)
         check_keys(cls, config)
+        _read_numbers(cls, config)
         _check_values(cls, config)
         if algorithm == "EAMET":
             _one_a_layer(config)
@@ -82,27 +99,64 @@ def load_hparams(method: str, name_or_path: str | Path, overrides: Mapping[str, 
     return hparams
 
 
+def _margins_apart(config: Mapping[str, Any]) -> dict[str, Any]:
+    """WISE's margins, for which EasyEdit's YAMLs have one key, under the three that its class has."""
+    margins = config.get("act_margin")
+    if not isinstance(margins, list) or len(margins) != 3:
+        return dict(config)
+    others = {key: value for key, value in config.items() if key != "act_margin"}
+    return others | dict(zip(("alpha", "beta", "gamma"), margins))
+
+
+def _read_numbers(cls: type, config: dict[str, Any]) -> None:
+    """Let numbers that YAML reads as text, such as 1e-4, be numbers; EasyEdit has a name or a device such as "0" be one, too.
+
+    And let a norm_constraint be a float: another number is none to EasyEdit.
+    """
+    for f in fields(cls):
+        value = config.get(f.name)
+        if _holds_numbers(f) and isinstance(value, str):
+            with suppress(ValueError):
+                config[f.name] = float(value)
+        elif f.name == "norm_constraint" and type(value) is int:
+            config[f.name] = float(value)
+
+
+def _holds_numbers(f: Field) -> bool:
+    # A device may be text, whatever EasyEdit's annotation says.
+    return f.name != "device" and not {int, float, "int", "float"}.isdisjoint(get_args(f.type) or (f.type,))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_values(cls: type, config: Mapping[str, Any]) -> None:
-    """Whether layers and a fact_token are such, and numbers where EasyEdit's annotations have some.
+    """Whether layers and words are such that EasyEdit knows, and numbers and flags are where its annotations have some.
 
     Raises:
         HParamsError: one is not.
     """
-    if "layers" in config and not are_layers(config["layers"]):
-        raise HParamsError(f"layers is {config['layers']!r}; allowed: a list of layer numbers, counted from 0")
+    layers = config.get("layers", [0])
+    if not are_layers(layers) or len(set(layers)) < len(layers) or not (layers or config["alg_name"] in _OF_ALL_LAYERS):
+        raise HParamsError(f"layers is {layers!r}; allowed: a list of different layer numbers, counted from 0")
     for key in _MODULES:
         value = config.get(key)
         if key.endswith("_tmp") and value is not None and not is_template(value):
             raise HParamsError(f"{key} is {value!r}; allowed: a module's name with {{}} in the place of the layer's number")
-    if config.get("mom2_dtype", "float32") not in ("float32", "float64"):  # float16 holds no sums over a text
-        raise HParamsError(f"mom2_dtype is {config['mom2_dtype']!r}; allowed: float32, float64")
-    if config.get("fact_token", "last") not in _FACT_TOKENS:
-        raise HParamsError(f"fact_token is {config['fact_token']!r}; allowed: {', '.join(_FACT_TOKENS)}")
+    for key, words in (_WORDS | (_WORDS_OF_WISE if config["alg_name"] == "WISE" else {})).items():
+        if key in config and config[key] not in words:
+            raise HParamsError(f"{key} is {config[key]!r}; allowed: {', '.join(words)}")
     for f in fields(cls):
         value = config.get(f.name)
-        # EasyEdit's annotations say int where its YAMLs have fractions, and that of a device, which may be text.
-        if f.type in (int, float, "int", "float") and f.name != "device" and not isinstance(value, int | float | None):
-            raise HParamsError(f"{f.name} is {value!r}; allowed: a number")
+        if f.type in (bool, "bool") and f.name in config and not isinstance(value, bool):
+            raise HParamsError(f"{f.name} is {value!r}; allowed: true, false")
+        if not _holds_numbers(f) or get_origin(f.type) is list or value is None:
+            continue
+        # EasyEdit's annotations say int where its YAMLs have fractions, and float where false is no limit.
+        or_false = f.name == "norm_constraint"
+        if not _is_number(value) and not (or_false and value is False):
+            raise HParamsError(f"{f.name} is {value!r}; allowed: a number{', or false' if or_false else ''}")
 
 
 def _one_a_layer(config: dict[str, Any]) -> None:
@@ -113,7 +167,7 @@ def _one_a_layer(config: dict[str, Any]) -> None:
     """
     value, layers = config["mom2_update_weight"], config["layers"]
     weights = value if isinstance(value, list) else [value] * len(layers)
-    if len(weights) != len(layers) or not all(isinstance(weight, int | float) for weight in weights):
+    if len(weights) != len(layers) or not all(map(_is_number, weights)):
         raise HParamsError(f"mom2_update_weight is {value!r}; allowed: a number, or one for each of the {len(layers)} layers")
     config["mom2_update_weight"] = weights
 

@@ -10,16 +10,36 @@ from contextlib import contextmanager
 from dataclasses import make_dataclass
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from ..method.preference import edit_tokens
-from ..method.weights import read, write
+from ..method.weights import checksum, read, write
 from .host import ALG_DICT, HostError, submodule
 
 #: By method, the tensors that it has learnt of its edits. Replaced whole after an edit, and never changed in place.
 learnt: dict[str, dict[str, torch.Tensor]] = {}
+#: By method, what its last edit has left: the model, and the state of each weight that it edits. What it remembers is of this.
+left: dict[str, tuple[ref[Any], dict[str, int]]] = {}
+
+
+def leave(method: str, model: Any, names: Sequence[str]) -> None:
+    """Note what an edit has left, for :func:`goes_on`."""
+    left[method] = _state(model, names)
+
+
+def goes_on(method: str, model: Any, names: Sequence[str]) -> bool:
+    """Whether an edit follows the last one: not on another model, in other weights, or where that one was taken back.
+
+    ``BaseEditor`` tells no method of this. What was put back by :func:`.set_memory` is of the edit that comes next.
+    """
+    return method not in left or left[method] == _state(model, names)
+
+
+def _state(model: Any, names: Sequence[str]) -> tuple[ref[Any], dict[str, int]]:
+    return ref(model), {name: checksum(weight) for name, weight in read(model, names).items()}
 
 
 def apply_ultraedit_to_model(
@@ -41,6 +61,8 @@ def apply_ultraedit_to_model(
     hparams = copy.copy(hparams)
     hparams.inner_params = list(hparams.inner_params)
     weights = [f"{module.removesuffix('.weight')}.weight" for module in hparams.inner_params]
+    if not goes_on("ULTRAEDIT", model, weights):
+        learnt.pop("ULTRAEDIT", None)
     with _flags_kept(model):
         editor = submodule("models.ultraedit.ULTRAEDIT").ULTRAEDIT(model, hparams, None)
         editor.shift = True  # a causal model's, whatever its name
@@ -57,6 +79,7 @@ def apply_ultraedit_to_model(
         for shape, normaliser in editor.lifelong_normalizer.items()
         for key, value in normaliser.state_dict().items()
     }
+    leave("ULTRAEDIT", model, weights)
     return model, originals
 
 
@@ -99,6 +122,9 @@ def apply_simie_to_model(
     """
     module = submodule("models.simie.simie")
     originals: dict[str, torch.Tensor] = {}
+    weights = [f"{hparams.rewrite_module_tmp.format(layer)}.weight" for layer in hparams.layers]
+    if not goes_on("SimIE", model, weights):
+        learnt.pop("SimIE", None)
     for request in requests:
         had = learnt.get("SimIE", {})
         start = {key.removeprefix("start "): tensor for key, tensor in had.items() if key.startswith("start ")}
@@ -120,6 +146,7 @@ def apply_simie_to_model(
         merger.update(model, keys)
         learnt["SimIE"] = {f"start {name}": weight.cpu() for name, weight in start.items()}
         learnt["SimIE"] |= {f"P {name}": matrix.cpu() for name, matrix in merger.matrix_P.items()}
+    leave("SimIE", model, weights)
     return model, originals
 
 

@@ -8,6 +8,7 @@ from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import ref
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,21 +105,27 @@ def _mend_projections() -> None:
     of the covariance; ``P_loc`` is not read.
     """
     for method, name in (("AlphaEdit", "alphaedit.AlphaEdit_main"), ("SPHERE", "SPHERE.SPHERE_main")):
-        ALG_DICT[method] = _with_projection(ALG_DICT[method], submodule(f"models.{name}"))
+        ALG_DICT[method] = _with_projection(method, ALG_DICT[method], submodule(f"models.{name}"))
 
 
-def _with_projection(apply: Callable, module: ModuleType) -> Callable:
+def _with_projection(method: str, apply: Callable, module: ModuleType) -> Callable:
+    made_for: Any = None
+
     @wraps(apply)
     def apply_with_projection(model: Any, tok: Any, requests: Any, hparams: Any, **kwargs: Any) -> Any:
-        memory = vars(module)
-        if not memory["P_loaded"]:
+        nonlocal made_for
+        memory, weights = vars(module), [f"{hparams.rewrite_module_tmp.format(layer)}.weight" for layer in hparams.layers]
+        wanted = ref(model), weights, hparams.nullspace_threshold
+        if not memory["P_loaded"] or made_for != wanted:
             memory["P"] = torch.stack([_projection(module, model, tok, layer, hparams) for layer in hparams.layers])
-            memory["P_loaded"] = True
-        if not memory["cache_c_new"]:  # what this method has edited so far
+            memory["P_loaded"], made_for = True, wanted
+        if not memory["cache_c_new"] or not lifelong.goes_on(method, model, weights):  # what this method has edited so far
             memory["cache_c"], memory["cache_c_new"] = torch.zeros_like(memory["P"]), True
         hparams = copy.copy(hparams)
         hparams.P_loc = __file__  # something that exists, so that nothing is made
-        return apply(model, tok, requests, hparams, **kwargs)
+        edited, originals = apply(model, tok, requests, hparams, **kwargs)
+        lifelong.leave(method, edited, weights)
+        return edited, originals
 
     return apply_with_projection
 

@@ -19,7 +19,7 @@ from ..method.weights import read, write
 from ..plugin import is_easyedit
 from .failures import as_it_was_on_failure, check_finite
 from .host import ALG_DICT, EDITOR_LOG, IS_RELEASE, HostError, easyeditor, is_layer_wrapper, is_wrapper, submodule
-from .lifelong import learnt, simie_hyper_params
+from .lifelong import learnt, left, simie_hyper_params
 
 Request = dict[str, Any]
 
@@ -218,7 +218,8 @@ def _at_risk(hparams: Any, model: Any) -> list[str]:
         case "KN":  # changes weights of any layer
             return names
         case "ULTRAEDIT":
-            return [name for name in names if name.removesuffix(".weight") in hparams.inner_params]
+            modules = {module.removesuffix(".weight") for module in hparams.inner_params}
+            return [name for name in names if name.removesuffix(".weight") in modules]
         case method if method in _IN_WEIGHTS:
             templates = getattr(hparams, "rewrite_module_tmps", [hparams.rewrite_module_tmp])
             edited = [template.format(layer) for template in templates for layer in hparams.layers]
@@ -260,6 +261,7 @@ def undo_edits(editor: Any, originals: dict[str, torch.Tensor]) -> None:
     write(editor.model, originals)
     _forget("cache_c_new", "edit_history", "merge_group_edit_history")
     learnt.clear()
+    left.clear()
 
 
 # What methods keep in their modules, and what it is before anything is kept: contexts that they have written for the model,
@@ -298,6 +300,7 @@ def set_memory(contexts: Mapping[str, Any] | None = None, tensors: Mapping[str, 
     """Let methods remember this and nothing else; they would keep what they have for whatever model comes next."""
     _forget(*_MEMORY)
     learnt.clear()
+    left.clear()
     for name, written in (contexts or {}).items():
         submodule(name.partition(".")[2]).CONTEXT_TEMPLATES_CACHE = written
     for name, tensor in (tensors or {}).items():

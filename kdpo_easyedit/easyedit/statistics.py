@@ -52,9 +52,13 @@ def build_world(recipe: world.Recipe = world.RECIPES[world.NAME], quiet: bool = 
     return built
 
 
+# The methods that read mom2_adjustment; the others have it in their YAMLs too, and go by second moments whatever it says.
+_BY_CHOICE = ("KDPO", "ROME", "R-ROME", "SimIE")
+
+
 def needs_statistics(hparams: Any) -> bool:
     """Whether a method goes by second moments."""
-    return getattr(hparams, "mom2_adjustment", hasattr(hparams, "mom2_dataset"))
+    return bool(hparams.mom2_adjustment) if hparams.alg_name in _BY_CHOICE else hasattr(hparams, "mom2_dataset")
 
 
 def with_text(hparams: Any, text: Text) -> Any:

@@ -91,7 +91,7 @@ def save_edits(
         "format": 1 if changes is None else 2,
         "base_model": getattr(getattr(model, "config", None), "name_or_path", ""),
         "weights": {name: _about(original, edited[name]) for name, original in originals.items()},
-        "others": _others(model, originals),
+        "others": samples_of(model, originals),
         "requests": [as_kept(request) for request in requests],
         "hparams": plain(hparams) if is_dataclass(hparams) else hparams,
         "versions": {name: version(name) for name in ("kdpo-easyedit", "torch", "transformers")},
@@ -382,9 +382,9 @@ def _about(before: Tensor, after: Tensor) -> dict[str, Any]:
     return about
 
 
-def _others(model: nn.Module, edited: Collection[str]) -> dict[str, str]:
-    """Of every parameter but the edited ones, its dtype and a fingerprint of a sample of its numbers."""
-    ours = [model.get_parameter(name) for name in edited]
+def samples_of(model: nn.Module, but: Collection[str] = ()) -> dict[str, str]:
+    """Of every parameter but some, its dtype and a fingerprint of a sample of its numbers."""
+    ours = [model.get_parameter(name) for name in but]
     names = [name for name, parameter in model.named_parameters() if not any(parameter is own for own in ours)]
     found = {}
     for name, weight in read(model, names).items():
@@ -396,7 +396,7 @@ def _others(model: nn.Module, edited: Collection[str]) -> dict[str, str]:
 def _changed_others(model: nn.Module, header: Mapping[str, Any]) -> list[str]:
     """The weights that no edit is about and that are not what they were; in another dtype they are not compared."""
     were = header.get("others", {})
-    now = _others(model, header["weights"]) if were else {}
+    now = samples_of(model, header["weights"]) if were else {}
     same_kind = [name for name in were.keys() & now.keys() if were[name].split()[0] == now[name].split()[0]]
     return sorted(name for name in same_kind if were[name] != now[name])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from yaml.error import MarkedYAMLError
 
 from ..devices import DTYPES, device_name
 from .families import family_of
@@ -54,14 +55,27 @@ def find_hparams(method: str, name_or_path: str | Path) -> Path:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is given twice: PyYAML itself takes the last one, and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a hyper-parameter YAML holds.
 
     Raises:
-        HParamsError: the file is not YAML, or not a mapping of keys to values.
+        HParamsError: the file is not YAML, has a key twice, or is not a mapping of keys to values.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise HParamsError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(config, dict):

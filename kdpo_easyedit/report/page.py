@@ -146,13 +146,14 @@ def _edit(entry: EditMetrics) -> dict[str, Any]:
 
 def _said(phase: Metrics) -> dict[str, Any]:
     """What a model says of an edit, in words and scores."""
+    generated = phase.get("generated", {})  # of a run without contexts, nothing
 
     def said(kind: str) -> list[Any] | None:
         if f"{kind}_acc" not in phase:
             return None
-        written = phase["generated"].get(kind)  # in version 1 one text, since then a list
+        written = generated.get(kind)  # in version 1 one text, since then a list
         text = written if isinstance(written, str) or written is None else " · ".join(written)
-        return [round(float(np.mean(phase[f"{kind}_acc"])), 3), text, _mean(phase["generated"].get(f"{kind}_acc"))]
+        return [round(float(np.mean(phase[f"{kind}_acc"])), 3), text, _mean(generated.get(f"{kind}_acc"))]
 
     return {
         "rewrite": said("rewrite"),

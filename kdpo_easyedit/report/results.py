@@ -101,7 +101,7 @@ def _read(folder: Path) -> Results:
             "edits": comparison.before.n_edits,
             "records": record["data"],
             "seed": record["seed"],
-            "context": measuring.get("contexts", ["plain"])[0],
+            "context": next(iter(measuring.get("contexts", ())), "plain"),
             "metrics": measuring.get("engine"),
             **{
                 f"ability_{what}": measuring[key]
@@ -110,6 +110,7 @@ def _read(folder: Path) -> Results:
             },
             "hardware": record["about"]["device"],
             **loading,
+            **record.get("found", {}),
             "versions": record["versions"],
         },
         comparison=comparison,
@@ -134,8 +135,7 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
     if not others:
         return first
     named = [method for _, run in runs for method in run.hparams]
-    # A run of single edits has not looked at what only sequences are measured by.
-    before = max((run.comparison.before for _, run in runs), key=lambda row: (row.perplexity is not None, len(row.further)))
+    before = _completed([run.comparison.before for _, run in runs])
     joined = Results(first.model, first.settings, Comparison(before, [], [], []), {}, {}, {}, [])
     labels = _labels([folder for folder, _ in runs])
     for (folder, run), label in zip(runs, labels):
@@ -154,6 +154,16 @@ def _joined(runs: Sequence[tuple[Path, Results]]) -> Results:
         joined.easyedit += [row | {"method": names[row["method"]]} for row in run.easyedit]
     joined.comparison.tests = paired_tests({key: per_edit(metrics, "post") for key, metrics in joined.metrics.items()})
     return joined
+
+
+def _completed(befores: Sequence[Summary]) -> Summary:
+    """The unedited model's row, with what only some of the runs have looked at: fluency, what sequences are measured by."""
+    row, *others = befores
+    for other in others:
+        missing = {key: value for key, value in vars(other).items() if getattr(row, key) is None}
+        joined = {key: getattr(other, key) | getattr(row, key) for key in ("further", "intervals")}
+        row = replace(row, **missing, **joined)
+    return row
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

@@ -27,7 +27,8 @@ _NOTES = (
     "A figure is the mean over a method's runs on a model, with its 95 % interval over the edits: an edit's figure is its mean "
     "over the runs. runs: the least and the most, where they differ. The best of a model in bold.",
     "Rank 1 is the best; equal figures share a rank. A method's rank is its mean over models, data and orders, and then over "
-    "seeds, with a 95 % interval by Student's t over the seeds, where there are several.",
+    "seeds, with a 95 % interval by Student's t over the seeds, where there are several. A run that could make no edit has no "
+    "rank.",
     "In percent, teacher-forced, but for what says otherwise; the mean is that of edit success, generalization, portability "
     "and locality. A figure, or the seed below it, leads to the run's own report.",
 )
@@ -116,13 +117,11 @@ def ranks(runs: Iterable[Run], measure: str) -> tuple[dict[str, Rank], int]:
     A comparison is all methods on one model, data, protocol, order and seed. Those count that have all of the methods which are
     done anywhere: in others the missing ones would make the rest look better. Equal figures share a rank.
 
-    Methods that change no weights are ranked only where there are no others.
+    Methods that change no weights are ranked only where there are no others. A run that could make no edit counts as not done.
     """
-    runs = list(runs)
-    runs = [run for run in runs if not run.memory] or runs
     comparisons: dict[tuple[Any, ...], dict[str, float]] = {}
-    for run in runs:
-        value = None if run.row is None else getattr(run.row, measure)
+    for run in _compared(runs):
+        value = getattr(run.row, measure)
         if value is not None:
             cell = run.cell
             comparisons.setdefault((cell.seed, cell.model, *run.table, cell.order), {})[run.method] = value
@@ -143,6 +142,13 @@ def ranks(runs: Iterable[Run], measure: str) -> tuple[dict[str, Rank], int]:
             interval = [float(end) for end in np.clip((column.mean() - half, column.mean() + half), 1, len(methods))]
         found[method] = Rank(float(column.mean()), interval)
     return found, sum(map(len, by_seed.values()))
+
+
+def _compared(runs: Iterable[Run]) -> list[Run]:
+    """The runs that are held against one another."""
+    runs = list(runs)
+    runs = [run for run in runs if not run.memory] or runs
+    return [run for run in runs if run.row is not None and not run.row.none_made]
 
 
 def figures(folder: Path, runs: Sequence[Run], measures: Sequence[str]) -> dict[str, tuple[float, Sequence[float]]]:
@@ -242,10 +248,12 @@ def _table(folder: Path, into: Path, runs: Sequence[Run], measures: Sequence[str
     cells = {
         method: {model: _group(folder, into, of, measures) for model, of in models.items()} for method, models in groups.items()
     }
-    compared = [cells[run.method] for run in runs if not run.memory] or list(cells.values())
+    compared: dict[str, list[Mapping[str, Any]]] = {}
+    for model, method in dict.fromkeys((run.cell.model, run.method) for run in _compared(runs)):
+        compared.setdefault(model, []).append(cells[method][model]["figures"])
     for key in measures:
-        for model in dict.fromkeys(model for models in cells.values() for model in models):
-            shown_there = [of[model]["figures"][key] for of in compared if model in of and key in of[model]["figures"]]
+        for of_methods in compared.values():
+            shown_there = [of[key] for of in of_methods if key in of]
             best = (min if key in LESS_IS_BETTER else max)((figure["value"] for figure in shown_there), default=None)
             for figure in shown_there:
                 figure["best"] = figure["value"] == best

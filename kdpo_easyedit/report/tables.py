@@ -82,7 +82,7 @@ class Cell:
 
     Attributes:
         interval: its 95 % confidence interval, where there is one.
-        best: whether no method of the table that changes weights has a better one.
+        best: whether no method of the table that changes weights, and could make an edit, has a better one.
         test: against the reference method, where it was tested.
     """
 
@@ -101,7 +101,8 @@ class Cell:
 def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
     """By protocol and method, the unedited model's included, the cell of every measure and cost.
 
-    Methods that change no weights come last, and are held against one another only where there are no others.
+    Methods that change no weights come last, and are held against one another only where there are no others; one that could
+    make no edit, and so disturbs nothing, is held against none.
     """
     keys = tuple(dict.fromkeys((*MEASURES, *COLUMNS)))
     tests = {(test.protocol, test.method, test.measure): test for test in comparison.tests}
@@ -110,6 +111,7 @@ def tables(comparison: Comparison) -> dict[str, dict[str, dict[str, Cell]]]:
         rows = [row for row in comparison.rows if row.protocol == protocol]
         rows.sort(key=lambda row: row.method in comparison.memories)
         ranked = [row for row in rows if row.method not in comparison.memories] or rows
+        ranked = [row for row in ranked if not row.none_made]
         best = {key: _best(ranked, key) for key in keys}
         made[protocol] = {
             row.method: {

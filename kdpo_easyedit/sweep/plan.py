@@ -14,7 +14,7 @@ from typing import Any
 from ..bench.datasets import load_requests, read_passages
 from ..bench.inputs import Inputs, check_edits, need_subject, read_inputs
 from ..bench.measuring import Measuring
-from ..bench.protocols import Method, left_out
+from ..bench.protocols import Method, check_batches, left_out
 from ..bench.schema import SEQUENTIAL, SINGLE, Cell, in_batches
 from ..devices import DTYPES, device_name
 from ..easyedit.host import HostError
@@ -78,6 +78,7 @@ class Plan:
 
         Raises:
             DatasetError: as :func:`kdpo_easyedit.bench.inputs.read_inputs`.
+            HostError: there are fewer than a batch of the cell's has.
         """
         model_name = self.hparams[cell.name].model_name
         key = (cell.model, model_name, cell.data, cell.size, cell.seed if self.shuffle else None)
@@ -90,6 +91,7 @@ class Plan:
                 ability_text=self.ability_text,
                 load=self._load,
             )
+        check_batches([cell.protocol], len(self._inputs[key].requests))
         return self._inputs[key]
 
     def check_files(self) -> None:
@@ -97,11 +99,12 @@ class Plan:
 
         Raises:
             DatasetError: one cannot be read, or has too few edits.
+            HostError: one has fewer than a batch.
         """
         for cell in self.cells:
             check_edits(cell.model, self.data[cell.data].file)
             if self.data[cell.data].file:
-                self._load(*self._edits(cell))
+                check_batches([cell.protocol], len(self._load(*self._edits(cell))))
         for file in filter(None, (self.stats_text, self.ability_text)):
             read_passages(file)
 
@@ -120,7 +123,7 @@ def read_plan(path: Path, device: str | None = None) -> Plan:
 
     Raises:
         SweepError: a key that is unknown, missing or holds what it cannot hold.
-        DatasetError: a file of edits that cannot be read.
+        DatasetError, HostError: as :meth:`Plan.check_files`.
     """
     try:
         config = read_yaml(path)
@@ -149,10 +152,10 @@ def _plan(config: Mapping[str, Any], folder: Path, device: str | None) -> Plan:
         data=data,
         how=Measuring(
             _one_of(config, "metrics", ("batched", "easyedit"), "batched"),
-            tuple(_list(config, "context", _among(*CONTEXTS), ["plain"])),
+            tuple(_list(config, "context", _among(*CONTEXTS), ["plain"], empty=True)),
             not _flag(config, "no_fluency"),
         ),
-        eval_at=_list(config, "eval_at", _count, []) or None,
+        eval_at=_list(config, "eval_at", _count, [], empty=True) or None,
         shuffle=_flag(config, "shuffle"),
         stats_text=_file(config, "stats_text", folder),
         ability_text=_file(config, "ability_text", folder),
@@ -222,6 +225,8 @@ def _load_all(plan: Plan, device: str | None, dtype: str | None) -> None:
             hparams = hparams_of(cell.method, cell.model, tuple(cell.overrides.items()))
             check_method(hparams, cell.protocol != SINGLE)
             left_out([Method(cell.method, hparams)], [cell.protocol])
+            if cell.size is not None:
+                check_batches([cell.protocol], cell.size)
         except (HParamsError, HostError) as error:
             plan.refused[cell.name] = str(error)
             continue
@@ -366,8 +371,10 @@ def _among(*allowed: str) -> Callable[[Any], Any]:
     return check
 
 
-def _list(config: Mapping[str, Any], key: str, check: Callable[[Any], Any], default: list[Any] | None = None) -> list[Any]:
-    """A key's values, one or several; without a default it has to be given."""
+def _list(
+    config: Mapping[str, Any], key: str, check: Callable[[Any], Any], default: list[Any] | None = None, empty: bool = False
+) -> list[Any]:
+    """A key's values, one or several, or where it may be ``empty`` none; without a default it has to be given."""
     value = config.get(key, default)
     if value is None:
         raise SweepError(f"missing key {key!r}")
@@ -376,7 +383,7 @@ def _list(config: Mapping[str, Any], key: str, check: Callable[[Any], Any], defa
         found = [check(one) for one in values]
     except ValueError as allowed:
         raise SweepError(f"{key} is {value!r}; allowed: {allowed}") from None
-    if not found and default is None:
+    if not found and not empty:
         raise SweepError(f"{key} is empty; name at least one")
     if twice := [one for one in found if found.count(one) > 1]:
         raise SweepError(f"{key} names {twice[0]!r} twice; name each once")

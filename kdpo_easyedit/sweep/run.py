@@ -28,6 +28,8 @@ from .plan import Plan, SweepError
 from .tasks import Event, Task, Workers
 from .work import CellWork, is_complete, make_statistics, measure_before, run_cell, write_inputs
 
+# The file of a sweep's folder that says which model each short name means.
+_MODELS = "models.json"
 # How long the state of all cells may be written, which of thousands takes a moment: a share of the time, and seconds at once.
 _SHARE, _AT_ONCE = 0.02, 1.0
 
@@ -59,7 +61,8 @@ def opened(plan: Plan, folder: Path) -> Iterator[Sweep]:
 
     Raises:
         SweepError: a cell that cannot be run here.
-        RunError: another process is at work in the folder, it holds something else, or a cell of other settings.
+        RunError: another process is at work in the folder, it holds something else, or a cell of other settings or of another
+            model.
     """
     if plan.refused:
         raise SweepError(refusals(plan))
@@ -71,14 +74,17 @@ def opened(plan: Plan, folder: Path) -> Iterator[Sweep]:
     except Timeout:
         raise RunError(f"{folder}: another process is at work here; wait for it, or name another folder") from None
     try:
-        if not (folder / STATE).exists() and {file.name for file in folder.iterdir()} - {".lock"}:
+        if not (folder / STATE).exists() and not all(file.name.endswith((".lock", ".unfinished")) for file in folder.iterdir()):
             raise RunError(f"{folder}: the folder is not empty, and what it holds is no sweep; name another")
         sweep = Sweep(plan, folder, {cell.name: cell for cell in plan.cells})
+        models = _models(sweep)
         for cell in plan.cells:
             if is_complete(folder / cell.folder):
                 _check_settings(sweep, cell)
                 sweep.cells[cell.name] = replace(cell, state="done")
         _write(sweep)
+        with whole(folder / _MODELS) as unfinished:
+            unfinished.write_text(json_text(models, indent=1), encoding="utf-8")
         try:
             yield sweep
         finally:
@@ -225,6 +231,25 @@ def _write_text(file: Path, text: Any) -> None:
             unfinished.write_text(json_text({"name": text.name, "passages": list(text.passages)}), encoding="utf-8")
 
 
+def _models(sweep: Sweep) -> dict[str, str]:
+    """Which model each short name means, as the YAMLs name it: the runs know it by the folder where a worker has it.
+
+    Raises:
+        RunError: there are runs of another one, which would stand in the same rows.
+    """
+    file = sweep.folder / _MODELS
+    models = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for cell in sweep.plan.cells:
+        name, runs = sweep.plan.hparams[cell.name].model_name, (sweep.folder / cell.folder).parent
+        if models.get(cell.model, name) != name and any(map(is_complete, runs.glob("*"))):
+            raise RunError(
+                f"{runs}: holds runs of another model: model_name is {models[cell.model]!r} there and {name!r} here. "
+                "Name another folder for the sweep, or remove this one"
+            )
+        models[cell.model] = name
+    return models
+
+
 def _check_settings(sweep: Sweep, cell: Cell) -> None:
     """Whether a run that is there is this cell's; where the model and its statistics lie is the worker's.
 
@@ -236,7 +261,8 @@ def _check_settings(sweep: Sweep, cell: Cell) -> None:
     if inputs.stats_text is not None:
         hparams = with_text(hparams, inputs.stats_text)
     there = RunFolder(folder, {}).read("run.json")
-    there.pop("about")
+    for key in ("about", "found"):  # what no plan knows
+        there.pop(key, None)
     here = settings_of(
         [Method(cell.method, hparams)],
         inputs.requests,

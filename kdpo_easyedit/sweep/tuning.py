@@ -196,7 +196,7 @@ def run_trial(place: Place, work: _Work) -> dict[str, Any]:
     except Exception as error:  # whatever settings that go too far come as
         place.forget()
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    for file in folder.glob("weights-*.safetensors"):
+    for file in folder.glob("weights-*"):  # also one that a killed process was writing
         file.unlink()  # to go on from, and of a model's size
     return {"rows": to_json(comparison.rows), "perplexity": comparison.before.perplexity}
 
@@ -261,14 +261,19 @@ class _Study:
             if not self.kept.exists():
                 with whole(self.kept) as unfinished:
                     shutil.copyfile(self.source, unfinished)
-            Journal(self.folder / _JOURNAL)  # a last line that was cut off is dropped
+            Journal(self.folder / _JOURNAL).mend()  # Optuna would write on in a line that was cut off
             set_verbosity(WARNING)
             storage = JournalStorage(JournalFileBackend(str(self.folder / _JOURNAL)))
             self.study = create_study(storage=storage, study_name=self.method, direction="maximize", load_if_exists=True)
             if not self.study.get_trials(deepcopy=False):
                 self.study.enqueue_trial(self.space.present)
-            if self.file.exists() and not self.overwrite and self.file.read_text(encoding="utf-8") != self.text():
-                raise TuneError(f"{self.file} is there already; name another folder with --save_hparams, or add --overwrite")
+            if self.file.exists() and not self.overwrite:
+                there = self.file.read_text(encoding="utf-8")
+                # What was written last may be of fewer trials, where others were added and then stopped.
+                if there != self.text() and _digest(there) != self.study.user_attrs.get("written"):
+                    raise TuneError(
+                        f"{self.file} is there already; name another folder with --save_hparams, or add --overwrite"
+                    )
             yield
 
     def next_batch(self) -> list[_Work]:
@@ -276,7 +281,6 @@ class _Study:
 
         Those whose settings cannot be are failed at once.
         """
-        from optuna.samplers import TPESampler
         from optuna.trial import Trial, TrialState
 
         while True:
@@ -284,8 +288,6 @@ class _Study:
             chosen = [Trial(self.study, trial._trial_id) for trial in trials if trial.state == TrialState.RUNNING]
             number = len([trial for trial in trials if trial.state != TrialState.WAITING])
             while number < self.tuning.trials and (not chosen or number % self.tuning.at_once):
-                seed = int(_digest([self.tuning.seed, self.method, number]), 16) % 2**32
-                self.study.sampler = TPESampler(seed=seed, n_startup_trials=_RANDOM)
                 chosen.append(self.study.ask())
                 number += 1
             works = [work for trial in chosen if (work := self._work(trial)) is not None]
@@ -294,6 +296,10 @@ class _Study:
                 return works
 
     def _work(self, trial: Any) -> _Work | None:
+        from optuna.samplers import TPESampler
+
+        seed = int(_digest([self.tuning.seed, self.method, trial.number]), 16) % 2**32
+        self.study.sampler = TPESampler(seed=seed, n_startup_trials=_RANDOM)  # what is chosen is drawn now
         settings = self.space.settings(trial)  # of a trial that was under way, what it had chosen
         if trial.number == 0:
             settings = {}
@@ -391,6 +397,7 @@ class _Study:
             text = self.text()
             with whole(found.file) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
+            self.study.set_user_attr("written", _digest(text))
         return found
 
 
