@@ -67,7 +67,7 @@ HAND = ["--prompt", "Ada works as a", "--target_new", "judge"]
         (["--data_dir", "data.json", "--datatype", "zsre_ment"], "datatype is 'zsre_ment'; allowed: knowedit"),
         (["--ds_size", "0"], "--ds_size is 0"),
         (["--eval_at", "10", "0"], "--eval_at is [10, 0]"),
-        (["--eval_at", "1", "3", "--data_dir", "data.json"], "eval_at is 3, and there are 1 edits"),
+        (["--sequential_edit", "--eval_at", "1", "3", "--data_dir", "data.json"], "eval_at is 3, and there are 1 edits"),
         (
             ["--ablation", "--eval_at", "1", "3", "--ds_size", "1", "--data_dir", "data.json"],
             "eval_at is 3, and there are 1 edits",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -149,10 +149,10 @@ def execute(
     """
     hparams = hparams.for_model(model)
     originals = read(model, hparams.edited_parameters(model))
-    # Whatever the caller computes in: W is optimised in float32.
-    in_its_own_dtype = torch.autocast(runs_on(model.get_input_embeddings()).type, enabled=False)
+    kind = runs_on(model.get_input_embeddings()).type
     try:
-        with in_its_own_dtype:
+        # Whatever the caller computes in: W is optimised in float32.
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             edits = [_edit(model, tok, request, hparams, usages) for request in requests]
             weights, usages = _edited(model, edits, hparams, originals, usages)
     except NotFinite as what:
