@@ -32,14 +32,14 @@ from transformers import AutoTokenizer
 from ..devices import device_name, synchronize
 from ..easyedit import host
 from ..easyedit import methods as algorithms
-from ..easyedit.loading import check_device, in_place, loading
+from ..easyedit.loading import check_device, in_place, set_apart
 from ..easyedit.measuring import own_summary
 from ..easyedit.statistics import prepare, with_text
 from ..edits import save_edits as write_edits
 from ..edits.factors import Factors, from_tensors, to_tensors
 from ..edits.file import check_place, one_by_one, samples_of
 from ..method import kdpo_c
-from ..method.asking import asked
+from ..method.asking import CONTEXTS, asked
 from ..method.config import HParamsError, KDPOHyperParams, plain
 from ..method.kdpo import EditTrace, note_unedited
 from ..method.replay import projecting_by_rows, runs_by_rows
@@ -237,7 +237,7 @@ def compare(
     }
     with RunFolder(folder, settings, overwrite, about) as run, algorithms.output_to(folder):
         first = _first_editor(methods[0], loaded)
-        run.settle(weights=samples(first.model))
+        run.settle(weights=_known_by(first.model))
         _check_room(requests, first.model, first.tok, how)
         prepare(first.model, first.tok, [method.hparams for method in methods], stats_text, quiet)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
@@ -311,9 +311,8 @@ def check(
         check_place(save_edits)
     if save_model and save_model.exists():
         raise host.HostError(f"save_model is {str(save_model)!r}, which is there already; name a new folder")
-    wanted = [loading(method.hparams) for method in methods]
-    if any(other != wanted[0] for other in wanted):
-        raise host.HostError(f"the methods are set to edit different models: {wanted}; compare methods on one model")
+    if apart := set_apart(method.hparams for method in methods):
+        raise host.HostError(f"{apart}; compare methods on one model")
     if not getattr(methods[0].hparams, "model_parallel", False):
         check_device(methods[0].hparams.device)
 
@@ -393,13 +392,13 @@ def measure_before(
     settings = settings_of([], requests, [], seed, None, how, ()) | {"model": plain(method.hparams)["model_name"]}
     with RunFolder(folder, settings) as run, algorithms.output_to(folder):
         editor = _first_editor(method, loaded)
-        run.settle(weights=samples(editor.model))
+        run.settle(weights=_known_by(editor.model))
         _check_room(requests, editor.model, editor.tok, how)
         bar = partial(tqdm, unit="edit", file=sys.__stderr__, disable=quiet, dynamic_ncols=True)
         _measure_before(run.journal("before.jsonl"), editor, requests, seed, how, bar)
 
 
-def samples(model: Any) -> str:
+def _known_by(model: Any) -> str:
     """What a model's weights are known by, wherever they lie: a hash of samples of all of them."""
     return hashlib.sha256(json.dumps(samples_of(model)).encode()).hexdigest()[:16]
 
@@ -785,9 +784,9 @@ def _check_room(requests: Sequence[Request], model: Any, tok: Any, how: Measurin
             texts += [("a prompt and ground_truth", f"{prompt} {old}") for prompt in (request["prompt"], *rephrasings(request))]
             prompts = [prompt for questions in request["locality"].values() for prompt in questions["prompt"]]
             texts += [("a prompt of locality and target_new", f"{prompt} {request['target_new']}") for prompt in prompts]
-            if how.probes:
-                texts += [("a prompt and answer of a probe", f"{prompt} {answer}") for prompt, answer in probes_of(request)]
-        for context in how.contexts:
+        if how.probes:
+            texts += [("a prompt and answer of a probe", f"{prompt} {answer}") for prompt, answer in probes_of(request)]
+        for context in (its for its in how.contexts if its != CONTEXTS[0]):  # as plain texts they are there already
             for prompt in (request["prompt"], *rephrasings(request)):
                 texts.append(
                     (f"a prompt as {context} and target_new", asked(tok, prompt, context).answered(request["target_new"]))

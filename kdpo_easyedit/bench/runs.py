@@ -90,10 +90,10 @@ class RunFolder:
                 for file in self.path.glob(pattern):
                     file.unlink()
         else:
-            there = {"found": {}, **self.read("run.json")}
+            there = self.read("run.json")
             if any(self.path.glob("*.jsonl")):  # else it was given up before anything was measured
-                self._check(differences({key: there[key] for key in there if key not in ("about", "found")}, self.settings))
-                self._found = there["found"]
+                self._check(differences(settings_in(there), self.settings))
+                self._found = there.get("found", {})
         for file in self.path.glob("*.unfinished"):  # what a killed process was writing, of a model's size maybe
             file.unlink()
         self._write_record()
@@ -113,8 +113,9 @@ class RunFolder:
         Raises:
             RunError: the folder holds a run of which something else is known.
         """
-        self._check(differences({key: self._found[key] for key in found if key in self._found}, found) if self._found else [])
-        self._found |= found
+        if self._found:  # a run of before has none
+            self._check(differences(self._found, found))
+        self._found = found
         self._write_record()
 
     def _of_rows(self) -> Iterator[str]:
@@ -269,6 +270,11 @@ def _told(path: Path) -> Iterator[None]:
             f"{path}: cannot be written: {error.strerror or error}. What was done is kept; {advice}, and the same command goes "
             "on from there"
         ) from error
+
+
+def settings_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run was begun with, in what its ``run.json`` has."""
+    return {key: value for key, value in record.items() if key not in ("found", "about")}
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:

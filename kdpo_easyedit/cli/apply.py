@@ -86,8 +86,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if not row["kept"]:
             console.print(f"{number} is not kept: {row['why']}", soft_wrap=True)
     number = sum(row["kept"] for row in work.rows)
-    left = len(read_header(file)["requests"]) if number else 0
-    where = f", in {file}" + (f", which has {left} of them left" if left < number else "") if number else ""
+    where = f", in {file}" if number else ""
+    if number and (left := len(read_header(file)["requests"])) < number:
+        where += f", which has {left} of them left"
     console.print(f"{number} of {len(edits)} edits are kept{where}", soft_wrap=True)
     console.print(f"the report: {work.report}", soft_wrap=True)
     return 0 if number == len(edits) else 1

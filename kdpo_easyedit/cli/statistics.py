@@ -25,16 +25,15 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from rich.console import Console
 
     from ..bench.datasets import read_text
-    from ..easyedit.loading import in_place, load_model, loading
+    from ..easyedit.loading import in_place, load_model, set_apart
     from ..easyedit.statistics import needs_statistics, prepare, with_text
 
     methods = load_methods(options.editing_method or ["KDPO+C"], options)
     for method in methods:
         if not needs_statistics(method.hparams):
             parser.error(f"{method.name} goes by no second moments; name methods that do, such as KDPO+C, ROME, MEMIT")
-    wanted = [loading(method.hparams) for method in methods]
-    if any(other != wanted[0] for other in wanted):
-        parser.error(f"the methods are set to edit different models: {wanted}; name methods of one model")
+    if apart := set_apart(method.hparams for method in methods):
+        parser.error(f"{apart}; name methods of one model")
     text = read_text(options.stats_text)
     hparams = [with_text(in_place(copy.copy(method.hparams)), text) for method in methods]
     model, tok = load_model(hparams[0])

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..method.weights import read, write
 from ..plugin import is_easyedit
-from .lifelong import learnt, left
+from .lifelong import forget, learnt, left
 
 # The edits that WISE keeps in its module, to train on them again.
 _HISTORIES = ("edit_history", "merge_group_edit_history")
@@ -44,9 +44,8 @@ def as_it_was_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[Non
                 tensor.copy_(value)
         for its, kept in memories:
             vars(its).update(kept)
-        learnt.clear()
+        forget()
         learnt.update(learnt_before)
-        left.clear()
         left.update(left_before)
         raise
 

@@ -25,6 +25,12 @@ learnt: dict[str, dict[str, torch.Tensor]] = {}
 left: dict[str, tuple[ref[Any], dict[str, int]]] = {}
 
 
+def forget() -> None:
+    """Let no method remember an edit."""
+    learnt.clear()
+    left.clear()
+
+
 def leave(method: str, model: Any, names: Sequence[str]) -> None:
     """Note what an edit has left, for :func:`goes_on`."""
     left[method] = _state(model, names)

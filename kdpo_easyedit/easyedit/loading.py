@@ -5,6 +5,7 @@ of today and runs code from the hub for others. Causal language models are loade
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ def loading(hparams: Any) -> tuple[Any, ...]:
     """What decides which model is loaded, and how."""
     what = (getattr(hparams, key, False) for key in ("model_name", "device", "model_parallel"))
     return (*what, str(loading_dtype(hparams)))
+
+
+def set_apart(methods: Iterable[Any]) -> str:
+    """That methods, by their hyper-parameters, are set to edit different models, in words; nothing where they are not."""
+    wanted = [loading(hparams) for hparams in methods]
+    alike = all(other == wanted[0] for other in wanted)
+    return "" if alike else f"the methods are set to edit different models: {wanted}"
 
 
 def load_model(hparams: Any) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from ..method.weights import read, write
 from ..plugin import is_easyedit
 from .failures import as_it_was_on_failure, check_finite
 from .host import ALG_DICT, EDITOR_LOG, IS_RELEASE, HostError, easyeditor, is_layer_wrapper, is_wrapper, submodule
-from .lifelong import learnt, left, simie_hyper_params
+from .lifelong import forget, learnt, simie_hyper_params
 
 Request = dict[str, Any]
 
@@ -260,8 +260,7 @@ def undo_edits(editor: Any, originals: dict[str, torch.Tensor]) -> None:
     """Give ``editor.model`` back the weights that :func:`apply_edit` told of, and let the method forget its edits."""
     write(editor.model, originals)
     _forget("cache_c_new", "edit_history", "merge_group_edit_history")
-    learnt.clear()
-    left.clear()
+    forget()
 
 
 # What methods keep in their modules, and what it is before anything is kept: contexts that they have written for the model,
@@ -299,8 +298,7 @@ def memory() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def set_memory(contexts: Mapping[str, Any] | None = None, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Let methods remember this and nothing else; they would keep what they have for whatever model comes next."""
     _forget(*_MEMORY)
-    learnt.clear()
-    left.clear()
+    forget()
     for name, written in (contexts or {}).items():
         submodule(name.partition(".")[2]).CONTEXT_TEMPLATES_CACHE = written
     for name, tensor in (tensors or {}).items():

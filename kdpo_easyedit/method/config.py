@@ -415,10 +415,11 @@ class KDPOHyperParams:
             HParamsError: a layer or a template that the model does not have, or a projection that is not dense.
         """
         named, modules = self.for_model(model), dict(model.named_modules(remove_duplicate=False))
-        depth = sum(named.layer_module_tmp.format(n) in modules for n in range(len(modules)))
-        if not depth:
-            raise _no_match("layer_module_tmp", named.layer_module_tmp, modules)
-        check_layers(self.layers, depth)
+        if any(named.layer_module_tmp.format(layer) not in modules for layer in self.layers):
+            depth = sum(named.layer_module_tmp.format(n) in modules for n in range(len(modules)))
+            if not depth:
+                raise _no_match("layer_module_tmp", named.layer_module_tmp, modules)
+            check_layers(self.layers, depth)
         for key in ("mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module"):
             value = getattr(named, key)
             if value is not None and value.replace("{}", str(self.layers[0])) not in modules:

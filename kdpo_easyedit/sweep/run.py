@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from ..bench.inputs import Inputs
 from ..bench.protocols import Method, settings_of
-from ..bench.runs import RunError, RunFolder, differences
+from ..bench.runs import RunError, RunFolder, differences, settings_in
 from ..bench.schema import Cell, in_a_name, in_order, to_json
 from ..bench.versions import versions
 from ..easyedit.loading import loading
@@ -260,9 +260,7 @@ def _check_settings(sweep: Sweep, cell: Cell) -> None:
     inputs, hparams = plan.inputs(cell), copy.copy(plan.hparams[cell.name])
     if inputs.stats_text is not None:
         hparams = with_text(hparams, inputs.stats_text)
-    there = RunFolder(folder, {}).read("run.json")
-    for key in ("about", "found"):  # what no plan knows
-        there.pop(key, None)
+    there = settings_in(RunFolder(folder, {}).read("run.json"))
     here = settings_of(
         [Method(cell.method, hparams)],
         inputs.requests,
